@@ -1,0 +1,145 @@
+"""Configuration: frozen, validated, resolved once. Nothing writes back into these."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxserve.errors import ConfigError
+
+DType = Literal["float32", "bfloat16", "float16"]
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding and how it is stretched past the trained context.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: "default", "linear" (position / factor), "dynamic" (NTK-aware), "llama3" or "yarn".
+        factor: the stretch.
+        original_max_position: the trained context, for dynamic, llama3 and yarn.
+        low_freq_factor, high_freq_factor: llama3's band edges.
+        beta_fast, beta_slow, attention_factor, mscale, mscale_all_dim, truncate: yarn's
+            (arXiv:2309.00071 §3.2-3.4), with transformers' meanings.
+
+    "dynamic" depends on the sequence's length in the reference implementation; as every serving engine
+    does, the table for `max_model_len` is used for all positions, so that cached keys stay valid.
+    """
+
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One decoder-only transformer. A model family is a set of these values, not code.
+
+    Attributes:
+        layer_windows: one entry a layer: how many tokens, itself included, a query may look back over;
+            None for all.
+        qk_norm: RMSNorm over head_dim on queries and keys before rope (Qwen3).
+        tied_embeddings: the head is the embedding's transpose; there is no `lm_head` tensor.
+        eos_token_ids: every id that ends a sequence (config and generation_config together).
+        dtype: of the weights as served.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rms_norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    rope: RopeConfig = RopeConfig()
+    layer_windows: tuple[int | None, ...] = ()
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tied_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: DType = "float32"
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"num_attention_heads={self.num_heads} must be a multiple of num_key_value_heads={self.num_kv_heads}."
+            )
+        if self.head_dim % 2:
+            raise ConfigError(f"head_dim={self.head_dim} must be even: rope rotates pairs.")
+        if not self.layer_windows:
+            object.__setattr__(self, "layer_windows", (None,) * self.num_layers)
+        if len(self.layer_windows) != self.num_layers:
+            raise ConfigError(f"layer_windows has {len(self.layer_windows)} entries for {self.num_layers} layers.")
+
+    @property
+    def num_groups(self) -> int:
+        """Query heads a kv head."""
+        return self.num_heads // self.num_kv_heads
+
+    def kv_bytes_per_token(self, kv_dtype: DType) -> int:
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[kv_dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """What an engine is given besides the model. Flag names are vLLM's; None means: decide from the
+    model and the device, once, in `resolve_engine_config`.
+
+    Attributes:
+        max_model_len: longest prompt + output, tokens.
+        block_size: tokens a KV block.
+        max_num_seqs: rows of the running batch.
+        max_num_batched_tokens: tokens a step, decode and prefill together; longer prompts are chunked.
+        max_num_queued_reqs: bound of the waiting queue; past it requests are refused with 503.
+        kv_cache_memory_bytes: KV pool size; goes before gpu_memory_utilization.
+        gpu_memory_utilization: share of the device's memory for weights, activations and KV.
+        num_gpu_blocks_override: number of KV blocks, whatever the memory.
+        kv_cache_dtype: "auto" is the model's dtype.
+        seed: draws the seeds of requests that bring none.
+        async_scheduling: plan step n+1 while step n runs. Off: digest each step before the next.
+    """
+
+    max_model_len: int | None = None
+    block_size: int = 16
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_num_queued_reqs: int = 1024
+    kv_cache_memory_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    num_gpu_blocks_override: int | None = None
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: int = 0
+    async_scheduling: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if self.block_size & (self.block_size - 1):
+            raise ConfigError(f"block_size must be a power of two, got {self.block_size}. Try 16.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+        if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
+            raise ConfigError(
+                f"num_gpu_blocks_override must be at least 2 (one block is the null block), "
+                f"got {self.num_gpu_blocks_override}."
+            )
