@@ -1,0 +1,16 @@
+"""Root-mean-square normalisation (Zhang & Sennrich, arXiv:1910.07467 §4)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "... features"], weight: Float[Array, " features"], eps: float
+) -> Float[Array, "... features"]:
+    """float32 x / rms(x) * weight over the last axis."""
+    x = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+    return x * scale * weight.astype(jnp.float32)
