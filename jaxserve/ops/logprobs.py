@@ -1,0 +1,59 @@
+"""Logprobs of the raw logits, packed as int32 columns so that one array brings ids and floats.
+
+Columns: 0 the token's logprob (float bits), 1 its rank, 2..21 the likeliest ids, 22..41 their
+logprobs (float bits). A token's logprob is the same float wherever it appears: clients compare them
+with `==`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxserve.models.decoder import logits as compute_logits
+from jaxserve.state import LOGPROB_COLUMNS
+from jaxserve.types import MAX_LOGPROBS, TokenLogprobs
+
+_PROMPT_CHUNK = 64  # prompt positions whose logits exist at once: 64 x 150k float32 are 39 MB
+
+
+def pack_logprobs(
+    logits: Float[Array, "samples vocab"], tokens: Int[Array, " samples"]
+) -> Int[Array, "samples columns"]:
+    """int32 [S, 42] for the given token of each row."""
+    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
+    rank = jnp.sum(logits >= chosen, axis=-1, keepdims=True, dtype=jnp.int32)
+    num_top = min(MAX_LOGPROBS, logits.shape[-1])
+    values, ids = jax.lax.top_k(logits, num_top)
+    pad = ((0, 0), (0, MAX_LOGPROBS - num_top))
+    as_bits = lambda x: jax.lax.bitcast_convert_type(x - log_total, jnp.int32)  # noqa: E731
+    return jnp.concatenate([as_bits(chosen), rank, jnp.pad(ids, pad), jnp.pad(as_bits(values), pad)], axis=-1)
+
+
+def pack_prompt_logprobs(
+    params: dict[str, Any], hidden: Float[Array, "tokens hidden"], targets: Int[Array, " tokens"]
+) -> Int[Array, "tokens columns"]:
+    """int32 [T, 42]: for each token of the stream, the logprobs of the token that follows it."""
+    num_tokens = hidden.shape[0]
+    chunk = min(_PROMPT_CHUNK, num_tokens)
+    pad = -num_tokens % chunk
+    chunks = (
+        jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1]),
+        jnp.pad(targets, (0, pad)).reshape(-1, chunk),
+    )
+    packed = jax.lax.map(lambda c: pack_logprobs(compute_logits(params, c[0]), jnp.maximum(c[1], 0)), chunks)
+    return packed.reshape(-1, LOGPROB_COLUMNS)[:num_tokens]
+
+
+def unpack_logprobs(packed: np.ndarray, token_id: int, num_top: int) -> TokenLogprobs:
+    """One row of packed columns (host side) as a value with its `num_top` likeliest tokens."""
+    floats = packed.view(np.float32)
+    first = 2 + MAX_LOGPROBS
+    ids = packed[2 : 2 + num_top].tolist()
+    values = floats[first : first + num_top].tolist()
+    return TokenLogprobs(token_id, float(floats[0]), int(packed[1]), tuple(zip(ids, values, strict=True)))

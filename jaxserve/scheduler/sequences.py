@@ -1,0 +1,234 @@
+"""Requests as the scheduler sees them: columns of the running ones, a queue of the waiting ones.
+
+Owns token ids and counts of every sequence. It knows no blocks, no plans and no device.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jaxserve.types import MAX_STOP_TOKEN_IDS
+
+NO_TOKEN = -1  # pads stop_ids; no device samples it
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one client asked, in the scheduler's terms. Compared by identity.
+
+    Attributes:
+        request_id: unique among the requests in the scheduler.
+        prompt_token_ids: int32[n], n >= 1.
+        max_total_len: prompt + max_tokens, at most the model's length; the sequence ends there.
+        stop_token_ids: ids that end it, end-of-sequence ids included unless ignore_eos; at most 64.
+        min_tokens: output tokens before which no stop id ends it.
+        payload: the caller's own; carried, never read.
+        arrival: the place in line, given by `Scheduler.add` and kept for life.
+    """
+
+    request_id: str
+    prompt_token_ids: np.ndarray
+    max_total_len: int
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    payload: Any = None
+    arrival: int = field(default=-1, init=False)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One continuation of a request, from arrival to end.
+
+    Attributes:
+        request: whose it is.
+        known_token_ids: int32[n] prompt and outputs, while it waits; a running row has them in the table.
+        row: its row, -1 while it waits.
+        num_preemptions: how often it lost its row.
+    """
+
+    request: Request
+    known_token_ids: np.ndarray
+    row: int = -1
+    num_preemptions: int = 0
+
+
+class SequenceTable:
+    """The running sequences, one row each, as columns. Inactive rows are zero, but for `generation`.
+
+    A row is in prefill until its last known token has been fed (`on_device` false), then it decodes: its last
+    token lives on the device and the host learns it later, so that num_tokens runs ahead of num_known.
+
+    Attributes:
+        active: bool[R] the row has a sequence.
+        on_device: bool[R] it has sampled since admission.
+        num_tokens: int32[R] tokens, those in flight included.
+        num_known: int32[R] tokens whose ids the host has.
+        num_computed: int32[R] tokens whose KV has been dispatched.
+        num_prompt, max_total_len, num_preemptions: int32[R] of its request.
+        min_stop_len: int32[R] tokens, the prompt included, before which no stop id ends it.
+        arrival: int64[R] place in line.
+        generation: int32[R] raised whenever the row is taken away: answers for an older one are nobody's.
+        token_ids: int32[R, max_model_len]; valid before num_known. Pages are touched when first written.
+        stop_ids: int32[64, R] one column a row, padded with -1; `stop_width` of its lines are in use.
+        requests: object[R] the row's Request, None where inactive.
+        sequences: object[R] the row's Sequence, None where inactive.
+    """
+
+    def __init__(self, num_rows: int, max_model_len: int):
+        self.active = np.zeros(num_rows, bool)
+        self.on_device = np.zeros(num_rows, bool)
+        self.num_tokens = np.zeros(num_rows, np.int32)
+        self.num_known = np.zeros(num_rows, np.int32)
+        self.num_computed = np.zeros(num_rows, np.int32)
+        self.num_prompt = np.zeros(num_rows, np.int32)
+        self.max_total_len = np.zeros(num_rows, np.int32)
+        self.num_preemptions = np.zeros(num_rows, np.int32)
+        self.min_stop_len = np.zeros(num_rows, np.int32)
+        self.arrival = np.zeros(num_rows, np.int64)
+        self.generation = np.zeros(num_rows, np.int32)
+        self.token_ids = np.zeros((num_rows, max_model_len), np.int32)
+        self.stop_ids = np.full((MAX_STOP_TOKEN_IDS, num_rows), NO_TOKEN, np.int32)
+        self.requests = np.full(num_rows, None, object)
+        self.sequences = np.full(num_rows, None, object)
+        self._num_stop_ids = np.zeros(num_rows, np.int32)
+        self.stop_width = 0
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.active)
+
+    @property
+    def num_active(self) -> int:
+        return int(np.count_nonzero(self.active))
+
+    def decode_rows(self) -> np.ndarray:
+        """int64[D], ascending: rows that can feed the token they sampled last.
+
+        A row whose last allowed token is in flight waits for its answer and is not among them.
+        """
+        return np.flatnonzero(self.on_device & (self.num_tokens < self.max_total_len))
+
+    def prefill_rows(self) -> np.ndarray:
+        """int64[N], ascending: rows with known tokens to feed."""
+        return np.flatnonzero(self.active & ~self.on_device)
+
+    def is_ending(self) -> np.ndarray:
+        """bool[R]: rows whose last allowed token is in flight; its answer ends them."""
+        return self.active & (self.num_tokens == self.max_total_len)
+
+    def admit(self, row: int, sequence: Sequence) -> None:
+        """Gives a free row to a waiting sequence; all its known tokens are to be fed."""
+        assert not self.active[row], f"row {row} is taken"
+        request, known = sequence.request, sequence.known_token_ids
+        sequence.row = row
+        self.active[row] = True
+        self.num_tokens[row] = self.num_known[row] = len(known)
+        self.num_prompt[row] = len(request.prompt_token_ids)
+        self.max_total_len[row] = request.max_total_len
+        self.num_preemptions[row] = sequence.num_preemptions
+        self.min_stop_len[row] = len(request.prompt_token_ids) + request.min_tokens
+        self.arrival[row] = request.arrival
+        self.token_ids[row, : len(known)] = known
+        num_stop = len(request.stop_token_ids)
+        self.stop_ids[:num_stop, row] = request.stop_token_ids
+        self._num_stop_ids[row] = num_stop
+        self.stop_width = max(self.stop_width, num_stop)
+        self.requests[row] = request
+        self.sequences[row] = sequence
+
+    def release(self, rows: np.ndarray) -> None:
+        """Takes the rows away from their sequences and moves their generation on.
+
+        Args:
+            rows: [n] distinct active rows.
+        """
+        assert self.active[rows].all(), f"rows {rows} are not all active"
+        self.generation[rows] += 1
+        for sequence in self.sequences[rows]:
+            sequence.row = -1
+        self.requests[rows] = None
+        self.sequences[rows] = None
+        self.stop_ids[: self.stop_width, rows] = NO_TOKEN
+        for column in self._zero_when_inactive():
+            column[rows] = 0
+        self.stop_width = int(self._num_stop_ids.max())
+
+    def _zero_when_inactive(self) -> tuple[np.ndarray, ...]:
+        counts = (self.num_tokens, self.num_known, self.num_computed, self.num_prompt, self.max_total_len)
+        rest = (self.num_preemptions, self.min_stop_len, self.arrival, self._num_stop_ids)
+        return (self.active, self.on_device, *counts, *rest)
+
+    def known_token_ids(self, row: int) -> np.ndarray:
+        """int32[num_known]: a copy of the row's known tokens."""
+        return self.token_ids[row, : self.num_known[row]].copy()
+
+    def append_known(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
+        """Writes the ids of tokens that were in flight.
+
+        Args:
+            rows, positions, tokens: [n] each; positions are the rows' num_known.
+        """
+        self.token_ids[rows, positions] = tokens
+        self.num_known[rows] = positions + 1
+
+    def check_integrity(self, num_in_flight: int) -> None:
+        """Asserts what must hold between the columns, `num_in_flight` plans being undigested."""
+        idle, row_of = ~self.active, np.flatnonzero
+        for column in self._zero_when_inactive():
+            assert not column[idle].any(), f"inactive rows {row_of(idle & (column != 0))} are not cleared"
+        assert (self.stop_ids[:, idle] == NO_TOKEN).all()
+        assert ((self.stop_ids != NO_TOKEN).sum(axis=0) == self._num_stop_ids).all()
+        assert self.stop_width == self._num_stop_ids.max()
+        decoding, prefilling = self.on_device, self.active & ~self.on_device
+        ahead = self.num_tokens - self.num_known
+        assert ((ahead >= 0) & (ahead <= np.where(decoding, num_in_flight, 0))).all(), f"tokens ahead: {ahead}"
+        assert (self.num_tokens <= self.max_total_len).all()
+        assert (self.num_computed[decoding] == self.num_tokens[decoding] - 1).all()
+        assert (self.num_computed[prefilling] < self.num_known[prefilling]).all()
+        assert len(set(self.arrival[self.active].tolist())) == self.num_active
+        for row in row_of(self.active):
+            request, sequence = self.requests[row], self.sequences[row]
+            assert sequence.row == row and sequence.request is request
+            assert self.arrival[row] == request.arrival
+            assert np.array_equal(self.token_ids[row, : self.num_prompt[row]], request.prompt_token_ids)
+
+
+class WaitingQueue:
+    """The waiting sequences in order of arrival. A preempted one returns to the place it had."""
+
+    def __init__(self) -> None:
+        self._sequences: list[Sequence] = []
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._sequences)
+
+    def push(self, sequence: Sequence) -> None:
+        """Puts it before all later arrivals."""
+        self._sequences.insert(self._place(sequence), sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        place = self._place(sequence)
+        assert self._sequences[place] is sequence, f"request {sequence.request.request_id} does not wait"
+        del self._sequences[place]
+
+    def pop(self, count: int) -> list[Sequence]:
+        """Takes the `count` first ones out."""
+        first, self._sequences = self._sequences[:count], self._sequences[count:]
+        return first
+
+    def _place(self, sequence: Sequence) -> int:
+        return bisect_left(self._sequences, sequence.request.arrival, key=lambda s: s.request.arrival)
+
+    def check_integrity(self) -> None:
+        """Asserts the order of arrival, and that nobody here has a row."""
+        arrivals = [s.request.arrival for s in self._sequences]
+        assert all(a < b for a, b in zip(arrivals, arrivals[1:], strict=False)), f"arrivals {arrivals} out of order"
+        assert all(s.row == -1 for s in self._sequences)

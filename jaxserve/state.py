@@ -1,0 +1,244 @@
+"""The pytrees that live on the device between steps, and the layout of what crosses to and from it.
+
+`KVCache` and `DecodeState` are donated to every step and rebound; `StepBatch` is the one packed int32
+array of a step, unpacked on the device; `StepOutput` comes back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt, UInt8
+
+from jaxserve.config import ModelConfig
+from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+
+HISTORY = MAX_BAD_WORD_TOKENS - 1  # output tokens that a bad word can reach back over
+LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS  # logprob, rank, top ids, top logprobs
+
+# Bits of a row's, and by OR of a step's, features: what the sampler must do beyond an argmax.
+SAMPLED, TRUNCATED, MIN_P, PENALTIES, BIAS, MIN_TOKENS, ALLOWED, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS = (
+    1 << i for i in range(10)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The static sizes of one compiled step: a bucket of tokens on one engine's tables.
+
+    Attributes:
+        num_tokens: T, tokens in the stream; the bucket.
+        max_rows: R, rows of the running batch.
+        max_blocks: M, entries of a row's block table, a multiple of `kv_tile` / `block_size`.
+        block_size: C, tokens a block.
+        q_tile, kv_tile: tokens a tile of the attention over prefill chunks, and of keys.
+    """
+
+    num_tokens: int
+    max_rows: int
+    max_blocks: int
+    block_size: int
+    q_tile: int
+    kv_tile: int
+
+    @property
+    def num_samples(self) -> int:
+        """S: rows that can take part in a step; each brings at least one token."""
+        return min(self.num_tokens, self.max_rows)
+
+    @property
+    def num_updates(self) -> int:
+        """U: block table entries that can change in a step: a block every C tokens and one a row."""
+        return self.num_tokens // self.block_size + self.num_samples
+
+    @property
+    def num_tiles(self) -> int:
+        """Q: query tiles that can occur: every chunk may end in a partial one."""
+        return self.num_tokens // self.q_tile + self.num_samples
+
+    def fields(self) -> dict[str, tuple[int, int]]:
+        """(offset, length) of each field in the packed array, in order."""
+        lengths = {
+            "header": 4,
+            "tokens": self.num_tokens,
+            "positions": self.num_tokens,
+            "rows": self.num_tokens,
+            "targets": self.num_tokens,
+            "sample_index": self.num_samples,
+            "sample_rows": self.num_samples,
+            "update_rows": self.num_updates,
+            "update_cols": self.num_updates,
+            "update_ids": self.num_updates,
+            "tile_start": self.num_tiles,
+            "tile_len": self.num_tiles,
+        }
+        offsets = np.cumsum([0, *lengths.values()])
+        return {name: (int(offset), length) for (name, length), offset in zip(lengths.items(), offsets, strict=False)}
+
+    @property
+    def packed_len(self) -> int:
+        offset, length = self.fields()["tile_len"]
+        return offset + length
+
+
+@struct.dataclass
+class StepBatch:
+    """One step's inputs. T tokens: first the decode tokens, one a row, then the prefill chunks.
+
+    Padding has row R (one past the last): gathers clamp it, scatters drop it.
+
+    Attributes:
+        num_decode, num_tiles, features, max_decode_len: scalars; features is an OR of bits, the last the
+            longest context among decode rows.
+        tokens: -1 stands for the row's last sampled token.
+        targets: for prompt logprobs: the token that follows, or -1.
+        sample_index, sample_rows: [S] where in the stream a row's logits are taken, and whose they are.
+        update_rows, update_cols, update_ids: [U] block table entries to set first.
+        tile_start, tile_len: [Q] where in the stream a query tile begins, and its tokens.
+    """
+
+    num_decode: Int[Array, ""]
+    num_tiles: Int[Array, ""]
+    features: Int[Array, ""]
+    max_decode_len: Int[Array, ""]
+    tokens: Int[Array, " tokens"]
+    positions: Int[Array, " tokens"]
+    rows: Int[Array, " tokens"]
+    targets: Int[Array, " tokens"]
+    sample_index: Int[Array, " samples"]
+    sample_rows: Int[Array, " samples"]
+    update_rows: Int[Array, " updates"]
+    update_cols: Int[Array, " updates"]
+    update_ids: Int[Array, " updates"]
+    tile_start: Int[Array, " tiles"]
+    tile_len: Int[Array, " tiles"]
+
+
+def unpack(packed: Int[Array, " packed"], shape: StepShape) -> StepBatch:
+    """The fields of a packed step, as slices on the device."""
+    parts = {name: packed[offset : offset + length] for name, (offset, length) in shape.fields().items()}
+    num_decode, num_tiles, features, max_decode_len = parts.pop("header")
+    return StepBatch(
+        num_decode=num_decode, num_tiles=num_tiles, features=features, max_decode_len=max_decode_len, **parts
+    )
+
+
+@struct.dataclass
+class SamplingState:
+    """How each row's tokens are chosen: [R, ...]. Written when a row is given to a sequence.
+
+    The wide fields (bias, stops, allowed, bad words) hold leftovers in rows whose features do not ask
+    for them; nothing reads those.
+    """
+
+    temperature: Float[Array, " rows"]
+    top_k: Int[Array, " rows"]  # the vocabulary's size where off
+    top_p: Float[Array, " rows"]
+    min_p: Float[Array, " rows"]
+    repetition_penalty: Float[Array, " rows"]
+    frequency_penalty: Float[Array, " rows"]
+    presence_penalty: Float[Array, " rows"]
+    key: UInt[Array, "rows 2"]
+    num_prompt: Int[Array, " rows"]
+    min_position: Int[Array, " rows"]  # stop tokens may not be sampled for positions before this
+    stop_ids: Int[Array, "rows stops"]  # padded with the vocabulary's size
+    bias_ids: Int[Array, "rows biases"]  # padded with the vocabulary's size
+    bias_values: Float[Array, "rows biases"]
+    allowed: UInt[Array, "rows words"]  # bit v % 32 of word v / 32
+    bad_words: Int[Array, "rows bad_words bad_tokens"]  # right-aligned, padded with -1
+
+
+@struct.dataclass
+class DecodeState:
+    """What step n + 1 needs before the host has seen step n, by row. Donated to every step.
+
+    Attributes:
+        last_token: the token sampled last; decode rows feed it.
+        block_tables: [R, M] the host's tables, kept equal by each step's updates.
+        history: [R, 15] the latest output tokens, newest last, -1 where there is none.
+        prompt_seen, output_counts: [R, V] which tokens were fed as prompt, how often as output. Reset
+            only for rows with penalties.
+    """
+
+    last_token: Int[Array, " rows"]
+    block_tables: Int[Array, "rows blocks"]
+    history: Int[Array, "rows history"]
+    prompt_seen: UInt8[Array, "rows vocab"]
+    output_counts: Int[Array, "rows vocab"]
+    sampling: SamplingState
+
+
+@struct.dataclass
+class StepOutput:
+    """What a step gives back.
+
+    Attributes:
+        sampled: int32 [S, 2]: the token, and 1 where its logits were not finite.
+        logprobs: int32 [S, 42]: see `ops.logprobs`; zeros unless a row asked.
+        prompt_logprobs: int32 [T, 42]: the same for each fed token's successor.
+    """
+
+    sampled: Int[Array, "samples 2"]
+    logprobs: Int[Array, "samples columns"]
+    prompt_logprobs: Int[Array, "tokens columns"]
+
+
+@struct.dataclass
+class KVCache:
+    """Paged keys and values: one array a layer, [P, C, K, 2H], a head's key followed by its value.
+
+    K and V of a head lie together, so that one read brings both and the kv_heads axis can be sharded.
+    Block 0 is the null block: tables are padded with it and nobody reads it unmasked. On CPU a 16-bit
+    cache is stored as uint16 and bitcast at the edges: XLA:CPU converts the whole operand of a bfloat16
+    scatter to float32 and back every step (332 against 81 ms, SmolLM2-135M's shape, 64 rows).
+    """
+
+    layers: tuple[Array, ...]
+    dtype: str = struct.field(pytree_node=False)
+
+
+def init_kv_cache(config: ModelConfig, num_blocks: int, block_size: int, dtype: str, *, as_bits: bool) -> KVCache:
+    """A zeroed cache of `num_blocks` blocks, the null block included."""
+    shape = (num_blocks, block_size, config.num_kv_heads, 2 * config.head_dim)
+    storage = jnp.uint16 if as_bits and jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
+    return KVCache(layers=tuple(jnp.zeros(shape, storage) for _ in range(config.num_layers)), dtype=dtype)
+
+
+def init_decode_state(max_rows: int, max_blocks: int, vocab_size: int) -> DecodeState:
+    """A state in which no row belongs to anybody."""
+    rows, words = max_rows, -(-vocab_size // 32)
+    ones = jnp.ones((rows,), jnp.float32)
+    sampling = SamplingState(
+        temperature=ones * 0,
+        top_k=jnp.full((rows,), vocab_size, jnp.int32),
+        top_p=ones,
+        min_p=ones * 0,
+        repetition_penalty=ones + 0,
+        frequency_penalty=ones * 0,
+        presence_penalty=ones * 0,
+        key=jnp.zeros((rows, 2), jnp.uint32),
+        num_prompt=jnp.zeros((rows,), jnp.int32),
+        min_position=jnp.zeros((rows,), jnp.int32),
+        stop_ids=jnp.full((rows, MAX_STOP_TOKEN_IDS), vocab_size, jnp.int32),
+        bias_ids=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
+        bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
+        allowed=jnp.zeros((rows, words), jnp.uint32),
+        bad_words=jnp.full((rows, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, jnp.int32),
+    )
+    return DecodeState(
+        last_token=jnp.zeros((rows,), jnp.int32),
+        block_tables=jnp.zeros((rows, max_blocks), jnp.int32),
+        history=jnp.full((rows, HISTORY), -1, jnp.int32),
+        prompt_seen=jnp.zeros((rows, vocab_size), jnp.uint8),
+        output_counts=jnp.zeros((rows, vocab_size), jnp.int32),
+        sampling=sampling,
+    )
+
+
+def tree_device_bytes(tree: object) -> int:
+    """Bytes that the arrays of a pytree (or of ShapeDtypeStructs) take."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

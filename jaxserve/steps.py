@@ -1,0 +1,230 @@
+"""The pure step functions, unjitted. `engine.compiled` compiles them with their donations.
+
+A prefill chunk, a decode token and, later, a drafted token are the same thing: a token of the ragged
+stream with a row and a position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxserve.config import ModelConfig
+from jaxserve.models.decoder import forward, logits
+from jaxserve.ops.logprobs import pack_logprobs, pack_prompt_logprobs
+from jaxserve.ops.paged_attention import paged_attention, write_kv
+from jaxserve.ops.sampling import sample
+from jaxserve.state import (
+    HISTORY,
+    LOGPROB_COLUMNS,
+    LOGPROBS,
+    PROMPT_LOGPROBS,
+    DecodeState,
+    KVCache,
+    SamplingState,
+    StepBatch,
+    StepOutput,
+    StepShape,
+    unpack,
+)
+from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+
+
+def step(
+    params: dict[str, Any],
+    kv: KVCache,
+    state: DecodeState,
+    packed: Int[Array, " packed"],
+    *,
+    config: ModelConfig,
+    shape: StepShape,
+    max_model_len: int,
+) -> tuple[KVCache, DecodeState, StepOutput]:
+    """Feeds one stream of tokens and samples one token for each row that asks.
+
+    Donates: kv, state.
+    Static: config, shape, max_model_len.
+    """
+    batch = unpack(packed, shape)
+    state, batch = _apply_updates(state, batch)
+    hidden, kv = _forward(params, kv, state, batch, config, shape, max_model_len)
+    state = _record_fed(state, batch, shape)
+    index = jnp.minimum(batch.sample_index, shape.num_tokens - 1)
+    raw = logits(params, hidden[index])
+    tokens, finite = sample(raw, state, batch.sample_rows, batch.positions[index] + 1, batch.features)
+    state = state.replace(last_token=state.last_token.at[batch.sample_rows].set(tokens, mode="drop"))
+    out = StepOutput(
+        sampled=jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1),
+        logprobs=jax.lax.cond(
+            (batch.features & LOGPROBS) != 0,
+            lambda: pack_logprobs(raw, tokens),
+            lambda: jnp.zeros((shape.num_samples, LOGPROB_COLUMNS), jnp.int32),
+        ),
+        prompt_logprobs=jax.lax.cond(
+            (batch.features & PROMPT_LOGPROBS) != 0,
+            lambda: pack_prompt_logprobs(params, hidden, batch.targets),
+            lambda: jnp.zeros((shape.num_tokens, LOGPROB_COLUMNS), jnp.int32),
+        ),
+    )
+    return kv, state, out
+
+
+def _apply_updates(state: DecodeState, batch: StepBatch) -> tuple[DecodeState, StepBatch]:
+    """Block tables brought up to date, and -1 tokens replaced by their rows' last ones."""
+    tables = state.block_tables.at[batch.update_rows, batch.update_cols].set(batch.update_ids, mode="drop")
+    last = state.last_token[jnp.minimum(batch.rows, state.last_token.shape[0] - 1)]
+    tokens = jnp.where(batch.tokens < 0, last, batch.tokens)
+    return state.replace(block_tables=tables), batch.replace(tokens=tokens)
+
+
+def _forward(
+    params: dict[str, Any],
+    kv: KVCache,
+    state: DecodeState,
+    batch: StepBatch,
+    config: ModelConfig,
+    shape: StepShape,
+    max_model_len: int,
+) -> tuple[jax.Array, KVCache]:
+    slots = _slots(state, batch, shape, kv.layers[0].shape[0])
+
+    def attend(
+        layer: int, cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        cache = write_kv(cache, k, v, slots, kv.dtype)
+        window = config.layer_windows[layer]
+        out = paged_attention(q, cache, state.block_tables, batch, shape, dtype=kv.dtype, window=window)
+        return out, cache
+
+    hidden, layers = forward(
+        params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len
+    )
+    return hidden, kv.replace(layers=layers)
+
+
+def _slots(state: DecodeState, batch: StepBatch, shape: StepShape, num_blocks: int) -> jax.Array:
+    """Where each token's key and value go: block * C + offset; past the cache's end for padding."""
+    rows = jnp.minimum(batch.rows, shape.max_rows - 1)
+    blocks = state.block_tables[rows, batch.positions // shape.block_size]
+    slots = blocks * shape.block_size + batch.positions % shape.block_size
+    return jnp.where(batch.rows < shape.max_rows, slots, num_blocks * shape.block_size)
+
+
+def _record_fed(state: DecodeState, batch: StepBatch, shape: StepShape) -> DecodeState:
+    """Counts every fed token as prompt or output, and shifts it into its row's history.
+
+    Only decode rows shift: a prefilled row's history was set when the row was given out.
+    """
+    num_prompt = state.sampling.num_prompt[jnp.minimum(batch.rows, shape.max_rows - 1)]
+    is_prompt = batch.positions < num_prompt
+    prompt_rows = jnp.where(is_prompt, batch.rows, shape.max_rows)
+    output_rows = jnp.where(is_prompt, shape.max_rows, batch.rows)
+    rows = jnp.where(jnp.arange(shape.num_samples) < batch.num_decode, batch.rows[: shape.num_samples], shape.max_rows)
+    shifted = jnp.concatenate(
+        [
+            state.history[jnp.minimum(rows, shape.max_rows - 1)][:, 1:],
+            batch.tokens[: shape.num_samples, None],
+        ],
+        axis=-1,
+    )
+    return state.replace(
+        prompt_seen=state.prompt_seen.at[prompt_rows, batch.tokens].set(jnp.uint8(1), mode="drop"),
+        output_counts=state.output_counts.at[output_rows, batch.tokens].add(1, mode="drop"),
+        history=state.history.at[rows].set(shifted, mode="drop"),
+    )
+
+
+# The packed arrays of the two admission programs: name -> length, in order.
+ROW_FIELDS = {
+    "row": 1,
+    "temperature": 1,
+    "top_k": 1,
+    "top_p": 1,
+    "min_p": 1,
+    "repetition_penalty": 1,
+    "frequency_penalty": 1,
+    "presence_penalty": 1,
+    "key": 2,
+    "num_prompt": 1,
+    "min_position": 1,
+    "reset_counts": 1,
+    "history": HISTORY,
+    "stop_ids": MAX_STOP_TOKEN_IDS,
+}
+FLOAT_FIELDS = frozenset(
+    {
+        "temperature",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "frequency_penalty",
+        "presence_penalty",
+        "bias_values",
+    }
+)
+
+
+def table_fields(vocab_size: int) -> dict[str, int]:
+    return {
+        "row": 1,
+        "bias_ids": MAX_LOGIT_BIAS,
+        "bias_values": MAX_LOGIT_BIAS,
+        "bad_words": MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS,
+        "allowed": -(-vocab_size // 32),
+    }
+
+
+def _split(packed: jax.Array, fields: dict[str, int]) -> dict[str, jax.Array]:
+    parts, offset = {}, 0
+    for name, length in fields.items():
+        part = packed[offset] if length == 1 else packed[offset : offset + length]
+        parts[name] = jax.lax.bitcast_convert_type(part, jnp.float32) if name in FLOAT_FIELDS else part
+        offset += length
+    return parts
+
+
+def admit_row(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeState:
+    """Gives a row to a sequence: scalars of its sampling, history, stop ids; its block table emptied.
+
+    Args:
+        packed: int32, `ROW_FIELDS` one after the other, floats as bits.
+
+    Donates: state.
+    """
+    parts = _split(packed, ROW_FIELDS)
+    row, reset, history = parts.pop("row"), parts.pop("reset_counts"), parts.pop("history")
+    parts["key"] = jax.lax.bitcast_convert_type(parts["key"], jnp.uint32)
+
+    def clear(array: jax.Array) -> jax.Array:
+        return array.at[jnp.where(reset != 0, row, array.shape[0])].set(0, mode="drop")
+
+    return state.replace(
+        block_tables=state.block_tables.at[row].set(0),
+        history=state.history.at[row].set(history),
+        prompt_seen=clear(state.prompt_seen),
+        output_counts=clear(state.output_counts),
+        sampling=_set_row(state.sampling, row, parts),
+    )
+
+
+def set_row_tables(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeState:
+    """Fills a row's wide tables: logit bias, bad words, allowed ids. Only for rows that ask for one.
+
+    Args:
+        packed: int32, `table_fields(vocab_size)` one after the other, floats as bits.
+
+    Donates: state.
+    """
+    parts = _split(packed, table_fields(state.prompt_seen.shape[1]))
+    row = parts.pop("row")
+    parts["allowed"] = jax.lax.bitcast_convert_type(jnp.atleast_1d(parts["allowed"]), jnp.uint32)
+    parts["bad_words"] = parts["bad_words"].reshape(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
+    return state.replace(sampling=_set_row(state.sampling, row, parts))
+
+
+def _set_row(sampling: SamplingState, row: jax.Array, values: dict[str, jax.Array]) -> SamplingState:
+    return replace(sampling, **{name: getattr(sampling, name).at[row].set(value) for name, value in values.items()})
