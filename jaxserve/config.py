@@ -115,6 +115,8 @@ class EngineConfig:
         kv_cache_dtype: "auto" is the model's dtype.
         seed: draws the seeds of requests that bring none.
         async_scheduling: plan step n+1 while step n runs. Off: digest each step before the next.
+        compilation_cache_dir: where compiled programs are kept between starts; None keeps none. It must
+            belong to this user with mode 0700: what lies there is executed.
     """
 
     max_model_len: int | None = None
@@ -128,6 +130,7 @@ class EngineConfig:
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     seed: int = 0
     async_scheduling: bool = True
+    compilation_cache_dir: str | None = "~/.cache/jaxserve/xla"
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
@@ -143,3 +146,37 @@ class EngineConfig:
                 f"num_gpu_blocks_override must be at least 2 (one block is the null block), "
                 f"got {self.num_gpu_blocks_override}."
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """An `EngineConfig` resolved against a model and a device: every number decided.
+
+    Attributes:
+        num_blocks: blocks of the KV pool, the null block included.
+        max_blocks_per_row: entries of a block table.
+        token_buckets: the token counts that steps are compiled for, ascending.
+        q_tile, kv_tile: tokens a tile in XLA attention.
+    """
+
+    max_model_len: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_queued_reqs: int
+    num_blocks: int
+    max_blocks_per_row: int
+    kv_dtype: DType
+    token_buckets: tuple[int, ...]
+    q_tile: int
+    kv_tile: int
+
+    @property
+    def num_kv_tokens(self) -> int:
+        return (self.num_blocks - 1) * self.block_size
+
+    @property
+    def max_concurrency(self) -> float:
+        """How many requests of max_model_len the pool holds at once."""
+        blocks = -(-self.max_model_len // self.block_size)
+        return (self.num_blocks - 1) / blocks

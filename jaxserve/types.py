@@ -152,7 +152,9 @@ class SamplingParams:
         for token_id in (*self.logit_bias, *self.stop_token_ids, *(self.allowed_token_ids or ())):
             check_integer("token id", token_id, 0, INT32_MAX)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise ParameterError("'allowed_token_ids' must not be empty.", param="allowed_token_ids", code="empty_array")
+            raise ParameterError(
+                "'allowed_token_ids' must not be empty.", param="allowed_token_ids", code="empty_array"
+            )
         if any(not word for word in self.bad_words):
             raise ParameterError("'bad_words' must hold non-empty strings.", param="bad_words")
 

@@ -24,13 +24,13 @@ class BlockTable:
         self.num_blocks = np.zeros(num_rows, np.int32)
 
     def append(self, rows: np.ndarray, cols: np.ndarray, ids: np.ndarray) -> None:
-        """Sets table[row, col] = id; a row may occur often, its columns follow those in use.
+        """Sets table[row, col] = id. A row may occur often; its columns ascend from those in use.
 
         Args:
             rows, cols, ids: [U] each.
         """
         self.ids[rows, cols] = ids
-        np.maximum.at(self.num_blocks, rows, cols + 1)
+        self.num_blocks[rows] = cols + 1  # of a row's entries the last one stays
 
     def blocks_of(self, rows: np.ndarray) -> np.ndarray:
         """int32[sum of num_blocks]: the rows' block ids, row after row."""

@@ -74,7 +74,8 @@ class BlockPool:
         """
         np.subtract.at(self.ref_count, ids, 1)
         counts = self.ref_count[ids]
-        assert NULL_BLOCK not in ids and (counts >= 0).all(), f"double free among blocks {ids}"
+        assert (counts >= 0).all(), f"double free among blocks {ids}"
+        assert self.ref_count[NULL_BLOCK] == 1, "the null block was freed"
         self._push(ids[counts == 0])
 
     def _push(self, ids: np.ndarray) -> None:

@@ -174,8 +174,6 @@ def _attend_prefill(
     return jax.lax.fori_loop(0, batch.num_tiles, attend_tile, out)
 
 
-def _visible(
-    key_positions: Int[Array, "..."], positions: Int[Array, "..."], window: int | None
-) -> jax.Array:
+def _visible(key_positions: Int[Array, "..."], positions: Int[Array, "..."], window: int | None) -> jax.Array:
     seen = key_positions <= positions
     return seen if window is None else seen & (key_positions > positions - window)

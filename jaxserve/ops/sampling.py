@@ -64,9 +64,7 @@ def sample(
         hot = temperature >= GREEDY_TEMPERATURE
         scaled = x / jnp.where(hot, temperature, 1.0)[:, None]
         scaled = when(MIN_P, lambda y: _cut_min_p(y, state.sampling.min_p[rows]), scaled)
-        scaled = when(
-            TRUNCATED, lambda y: _cut_top(y, state.sampling.top_k[rows], state.sampling.top_p[rows]), scaled
-        )
+        scaled = when(TRUNCATED, lambda y: _cut_top(y, state.sampling.top_k[rows], state.sampling.top_p[rows]), scaled)
         bits = request_bits(state.sampling.key[rows], positions)
         return jnp.where(hot, draw_categorical(scaled, bits), greedy)
 
@@ -84,9 +82,7 @@ def request_bits(key: UInt[Array, "samples 2"], positions: Int[Array, " samples"
     return jax.vmap(one)(key, positions)
 
 
-def draw_categorical(
-    logits: Float[Array, "samples vocab"], bits: UInt[Array, "samples 2"]
-) -> Int[Array, " samples"]:
+def draw_categorical(logits: Float[Array, "samples vocab"], bits: UInt[Array, "samples 2"]) -> Int[Array, " samples"]:
     """One draw from softmax(logits) a row, by inverting the CDF in two levels.
 
     The first word chooses a block of 128 tokens, the second a token within it: a vocabulary-wide sum
@@ -159,9 +155,9 @@ def _penalise(x: jax.Array, state: DecodeState, rows: jax.Array) -> jax.Array:
 
 def rows_penalised(state: DecodeState, rows: jax.Array) -> Bool[Array, "samples 1"]:
     s = state.sampling
-    return (
-        (s.repetition_penalty[rows] != 1) | (s.frequency_penalty[rows] != 0) | (s.presence_penalty[rows] != 0)
-    )[:, None]
+    return ((s.repetition_penalty[rows] != 1) | (s.frequency_penalty[rows] != 0) | (s.presence_penalty[rows] != 0))[
+        :, None
+    ]
 
 
 def _cut_min_p(x: jax.Array, min_p: jax.Array) -> jax.Array:

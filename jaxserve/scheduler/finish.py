@@ -41,7 +41,7 @@ class StepEvents:
     Attributes:
         step: the plan's.
         rows: int64[S] rows when the plan was made.
-        positions: int64[S] the tokens' positions.
+        positions: int32[S] the tokens' positions.
         tokens: int32[S].
         live: bool[S] false where the row had been taken away meanwhile: the token is dropped.
         finish_codes: int8[S] index into `FINISH_REASONS`; of an ERROR row the token is worthless.
@@ -70,8 +70,7 @@ def finish_codes(
         tokens: [n] the newest.
         failed: bool[n] rows whose answer is worthless, or None.
     """
-    codes = np.zeros(len(rows), np.int8)
-    codes[lengths >= sequences.max_total_len[rows]] = LENGTH
+    codes = (lengths >= sequences.max_total_len[rows]) * np.int8(LENGTH)
     if sequences.stop_width:
         stops = (sequences.stop_ids[: sequences.stop_width].take(rows, axis=1) == tokens).any(axis=0)
         if stops.any():

@@ -18,6 +18,17 @@ from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.sequences import SequenceTable, WaitingQueue
 
 
+def _frozen(values: np.ndarray | tuple, dtype: type = np.int32) -> np.ndarray:
+    """The values as a read-only array."""
+    array = np.asarray(values, dtype)
+    array.flags.writeable = False
+    return array
+
+
+_NOTHING = _frozen(())
+_NO_FLAGS = _frozen((), bool)
+
+
 @dataclass(frozen=True, slots=True)
 class SchedulerView:
     """The tables that a plan is made from."""
@@ -83,13 +94,15 @@ def plan_step(view: SchedulerView, step: int) -> StepPlan:
     Cost: a decode iteration touches no Python object of a sequence; prefill rows and admissions are looped over.
     """
     decodes, evicted = _plan_decodes(view)
-    num_free = view.pool.num_free + int(view.block_table.num_blocks[evicted].sum())
-    num_free -= int(np.count_nonzero(decodes.opens_block))
+    num_free = view.pool.num_free - int(np.count_nonzero(decodes.opens_block))
+    if len(evicted):
+        num_free += int(view.block_table.num_blocks[evicted].sum())
     budget = view.limits.max_num_batched_tokens - len(decodes.rows)
     prefills = _Prefills(view.limits.block_size, budget, num_free)
     _feed_running(view, prefills, evicted)
-    # What gave way would only come back to give way again, so a step admits or preempts.
-    admitted = () if len(evicted) else _feed_admitted(view, prefills, num_free)
+    admitted: tuple[int, ...] = ()
+    if len(view.waiting) and not len(evicted):  # what gave way would only come back to give way again
+        admitted = _feed_admitted(view, prefills, num_free)
     return _assemble(view, step, decodes, prefills, admitted, evicted)
 
 
@@ -103,9 +116,6 @@ def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, np.ndarray]:
     shortage = int(np.count_nonzero(decodes.opens_block)) - view.pool.num_free
     if shortage <= 0:
         return decodes, rows[:0]
-    stalled = policy.stalled_rows(sequences, table, decodes.needy_rows, shortage)
-    if len(stalled):
-        return decodes.without(stalled), rows[:0]
     evicted = policy.victims(sequences, table, decodes.needy_rows, shortage)
     return decodes.without(evicted), evicted
 
@@ -156,31 +166,44 @@ def _assemble(
     evicted: np.ndarray,
 ) -> StepPlan:
     """The finished plan; block ids are those that the pool will give out after the victims' return to it."""
-    chunks = np.array(prefills.chunks, np.int32).reshape(-1, 4).T
-    needy = decodes.needy_rows
-    block_rows, block_cols = needy, decodes.positions[decodes.opens_block] // view.limits.block_size
-    if prefills.new_blocks:
-        rows, used, added = np.array(prefills.new_blocks).T
-        block_rows = np.concatenate([block_rows, np.repeat(rows, added)])
-        runs = [np.arange(first, first + count) for first, count in zip(used, added, strict=True)]
-        block_cols = np.concatenate([block_cols, *runs])
-    rows = np.concatenate([decodes.rows, chunks[0]]) if len(chunks[0]) else decodes.rows
-    gave_way = view.sequences.sequences[evicted] if len(evicted) else ()
+    rows = decodes.rows
+    chunk_rows = starts = lens = block_rows = block_cols = block_ids = _NOTHING
+    samples = _NO_FLAGS
+    if decodes.opens_block.any():
+        block_rows = decodes.needy_rows
+        block_cols = decodes.positions[decodes.opens_block] // view.limits.block_size
+    if prefills.chunks:
+        chunk_rows, starts, lens, samples = (_frozen(column) for column in zip(*prefills.chunks, strict=True))
+        samples = _frozen(samples, bool)
+        rows = np.concatenate([rows, chunk_rows])
+        block_rows, block_cols = _with_prefill_blocks(block_rows, block_cols, prefills.new_blocks)
+    if len(block_rows):
+        block_ids = _next_blocks(view, evicted, len(block_rows))
+    gave_way = view.sequences.requests[evicted] if len(evicted) else ()
     return StepPlan(
         step=step,
         decode_rows=_frozen(decodes.rows),
         decode_positions=_frozen(decodes.positions),
-        prefill_rows=_frozen(chunks[0]),
-        prefill_starts=_frozen(chunks[1]),
-        prefill_lens=_frozen(chunks[2]),
-        prefill_samples=_frozen(chunks[3], bool),
+        prefill_rows=chunk_rows,
+        prefill_starts=starts,
+        prefill_lens=lens,
+        prefill_samples=samples,
         block_rows=_frozen(block_rows),
         block_cols=_frozen(block_cols),
-        block_ids=_frozen(_next_blocks(view, evicted, len(block_rows))),
+        block_ids=block_ids,
         admitted=admitted,
-        preempted=tuple(sequence.request.request_id for sequence in gave_way),
+        preempted=tuple(request.request_id for request in gave_way),
         generations=_frozen(view.sequences.generation[rows]),
     )
+
+
+def _with_prefill_blocks(
+    block_rows: np.ndarray, block_cols: np.ndarray, new_blocks: list[tuple[int, int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The decode rows' new table entries, followed by those of the prefill chunks."""
+    rows, used, added = np.array(new_blocks).T
+    runs = [np.arange(first, first + count) for first, count in zip(used, added, strict=True)]
+    return np.concatenate([block_rows, np.repeat(rows, added)]), np.concatenate([block_cols, *runs])
 
 
 def _next_blocks(view: SchedulerView, evicted: np.ndarray, count: int) -> np.ndarray:
@@ -190,10 +213,3 @@ def _next_blocks(view: SchedulerView, evicted: np.ndarray, count: int) -> np.nda
         return view.pool.peek(count)
     returned = view.block_table.blocks_of(evicted)[: count - num_free]
     return np.concatenate([view.pool.peek(num_free), returned])
-
-
-def _frozen(array: np.ndarray, dtype: type = np.int32) -> np.ndarray:
-    """The array as `dtype`, read-only."""
-    array = array.astype(dtype, copy=False)
-    array.flags.writeable = False
-    return array

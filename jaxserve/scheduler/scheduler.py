@@ -95,7 +95,8 @@ class Scheduler:
         assert 1 <= num_prompt < request.max_total_len <= limits.max_model_len, (
             f"{num_prompt} prompt tokens, {request.max_total_len} in all, model {limits.max_model_len}"
         )
-        assert len(request.stop_token_ids) <= MAX_STOP_TOKEN_IDS and min(request.stop_token_ids, default=0) >= 0
+        assert len(request.stop_token_ids) <= MAX_STOP_TOKEN_IDS
+        assert min(request.stop_token_ids, default=0) >= 0
         if request.request_id in self._sequence_of_id:
             raise ValueError(f"Request id {request.request_id!r} is in use. Wait for its end or choose another.")
         needed = blocks_for(request.max_total_len, limits.block_size)
@@ -148,7 +149,7 @@ class Scheduler:
                 self.sequences.admit(row, sequence)
         if len(plan.block_ids):
             ids = self.pool.allocate(len(plan.block_ids))
-            assert np.array_equal(ids, plan.block_ids), f"plan {plan.step} is stale: its blocks are taken"
+            assert (ids == plan.block_ids).all(), f"plan {plan.step} is stale: its blocks are taken"
             self.block_table.append(plan.block_rows, plan.block_cols, ids)
         self._in_flight.append(self._advance(plan))
         self._num_steps += 1
@@ -169,7 +170,7 @@ class Scheduler:
         """Moves the rows' counts past the plan's tokens; returns what its answer will be matched with."""
         sequences = self.sequences
         rows = plan.decode_rows.astype(np.intp)  # numpy indexes twice as fast with intp as with int32
-        positions = plan.decode_positions.astype(np.intp) + 1
+        positions = plan.decode_positions + 1
         generations = plan.generations
         sequences.num_computed[rows] = positions
         if len(plan.prefill_rows):
@@ -181,7 +182,7 @@ class Scheduler:
             positions = np.concatenate([positions, ends[samples]])
             num_decodes = len(plan.decode_rows)
             generations = np.concatenate([generations[:num_decodes], generations[num_decodes:][samples]])
-        assert np.array_equal(sequences.generation[rows], generations), f"plan {plan.step} is stale: a row moved on"
+        assert (sequences.generation[rows] == generations).all(), f"plan {plan.step} is stale: a row moved on"
         sequences.num_tokens[rows] = positions + 1
         return _InFlight(plan, rows, positions, generations, sequences.requests[rows])
 
@@ -194,8 +195,9 @@ class Scheduler:
 
         Cost: a few numpy operations on the step's rows; Python only for sequences that end.
         """
-        assert self._in_flight and self._in_flight[0].plan.step == plan.step, f"plan {plan.step} is not the one due"
+        assert self._in_flight, f"plan {plan.step} was not committed"
         flight = self._in_flight.popleft()
+        assert flight.plan.step == plan.step, f"plan {plan.step} digested before plan {flight.plan.step}"
         rows, positions, alive_tokens, alive_failed = flight.rows, flight.positions, tokens, failed
         assert len(tokens) == len(rows), f"{len(tokens)} tokens for {len(rows)} rows"
         live = self.sequences.generation[rows] == flight.generations

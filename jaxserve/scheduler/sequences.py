@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -91,7 +92,11 @@ class SequenceTable:
         self.min_stop_len = np.zeros(num_rows, np.int32)
         self.arrival = np.zeros(num_rows, np.int64)
         self.generation = np.zeros(num_rows, np.int32)
-        self.token_ids = np.zeros((num_rows, max_model_len), np.int32)
+        # Rows lie an odd number of cache lines apart: a step's tokens go to similar columns of all rows, and with
+        # a power of two between them the writes share a few cache sets (1,024 rows: 10 us a step more).
+        self._stride = (max_model_len // 16 | 1) * 16 + 32
+        self._flat_token_ids = np.zeros(num_rows * self._stride, np.int32)
+        self.token_ids = self._flat_token_ids.reshape(num_rows, self._stride)[:, :max_model_len]
         self.stop_ids = np.full((MAX_STOP_TOKEN_IDS, num_rows), NO_TOKEN, np.int32)
         self.requests = np.full(num_rows, None, object)
         self.sequences = np.full(num_rows, None, object)
@@ -111,11 +116,11 @@ class SequenceTable:
 
         A row whose last allowed token is in flight waits for its answer and is not among them.
         """
-        return np.flatnonzero(self.on_device & (self.num_tokens < self.max_total_len))
+        return (self.on_device & (self.num_tokens < self.max_total_len)).nonzero()[0]
 
     def prefill_rows(self) -> np.ndarray:
         """int64[N], ascending: rows with known tokens to feed."""
-        return np.flatnonzero(self.active & ~self.on_device)
+        return (self.active > self.on_device).nonzero()[0]
 
     def is_ending(self) -> np.ndarray:
         """bool[R]: rows whose last allowed token is in flight; its answer ends them."""
@@ -171,9 +176,11 @@ class SequenceTable:
         """Writes the ids of tokens that were in flight.
 
         Args:
-            rows, positions, tokens: [n] each; positions are the rows' num_known.
+            rows: int64[n], distinct.
+            positions: [n] their num_known.
+            tokens: int32[n].
         """
-        self.token_ids[rows, positions] = tokens
+        self._flat_token_ids[rows * self._stride + positions] = tokens
         self.num_known[rows] = positions + 1
 
     def check_integrity(self, num_in_flight: int) -> None:
@@ -193,7 +200,8 @@ class SequenceTable:
         assert len(set(self.arrival[self.active].tolist())) == self.num_active
         for row in row_of(self.active):
             request, sequence = self.requests[row], self.sequences[row]
-            assert sequence.row == row and sequence.request is request
+            assert sequence.row == row
+            assert sequence.request is request
             assert self.arrival[row] == request.arrival
             assert np.array_equal(self.token_ids[row, : self.num_prompt[row]], request.prompt_token_ids)
 
@@ -230,5 +238,5 @@ class WaitingQueue:
     def check_integrity(self) -> None:
         """Asserts the order of arrival, and that nobody here has a row."""
         arrivals = [s.request.arrival for s in self._sequences]
-        assert all(a < b for a, b in zip(arrivals, arrivals[1:], strict=False)), f"arrivals {arrivals} out of order"
+        assert all(a < b for a, b in pairwise(arrivals)), f"arrivals {arrivals} out of order"
         assert all(s.row == -1 for s in self._sequences)

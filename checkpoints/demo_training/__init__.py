@@ -1,0 +1,1 @@
+"""Makes the demo models: their corpus, tokenizer, training and export. Not part of the wheel."""

@@ -1,0 +1,146 @@
+"""The one table of Hugging Face tensor names and their places in our parameter tree.
+
+Owns names, shapes and views; reads no file and touches no array. Hugging Face stores a matrix `[out, in]`;
+a fused leaf of ours holds several of them, either way round (`jaxserve.models.params`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxserve.models.params import Layout
+from jaxserve.parallel.specs import ArraySpec
+
+Part = Literal["all", "q", "k", "v", "gate", "up"]
+TreePath = tuple[str | int, ...]
+
+# name -> (our leaf, which part of it, how many leading axes of the leaf's [out..., in...] shape are outputs).
+# The names of a layer follow "model.layers.N.".
+TOP: Mapping[str, tuple[str, Part, int]] = {
+    "model.embed_tokens.weight": ("embed", "all", 1),
+    "model.norm.weight": ("final_norm", "all", 1),
+    "lm_head.weight": ("lm_head", "all", 1),
+}
+LAYER: Mapping[str, tuple[str, Part, int]] = {
+    "input_layernorm.weight": ("attn_norm", "all", 1),
+    "self_attn.q_proj.weight": ("qkv", "q", 3),
+    "self_attn.k_proj.weight": ("qkv", "k", 3),
+    "self_attn.v_proj.weight": ("qkv", "v", 3),
+    "self_attn.q_proj.bias": ("qkv_bias", "q", 3),
+    "self_attn.k_proj.bias": ("qkv_bias", "k", 3),
+    "self_attn.v_proj.bias": ("qkv_bias", "v", 3),
+    "self_attn.q_norm.weight": ("q_norm", "all", 1),
+    "self_attn.k_norm.weight": ("k_norm", "all", 1),
+    "self_attn.o_proj.weight": ("o", "all", 1),
+    "self_attn.o_proj.bias": ("o_bias", "all", 1),
+    "post_attention_layernorm.weight": ("mlp_norm", "all", 1),
+    "mlp.gate_proj.weight": ("gate_up", "gate", 2),
+    "mlp.up_proj.weight": ("gate_up", "up", 2),
+    "mlp.gate_proj.bias": ("gate_up_bias", "gate", 2),
+    "mlp.up_proj.bias": ("gate_up_bias", "up", 2),
+    "mlp.down_proj.weight": ("down", "all", 1),
+    "mlp.down_proj.bias": ("down_bias", "all", 1),
+}
+# Leaves that are matrices: the only ones whose axes turn with the layout.
+MATRICES = frozenset({"qkv", "o", "gate_up", "down", "lm_head"})
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one Hugging Face tensor goes.
+
+    Attributes:
+        name: the tensor's full name.
+        shape: the shape that it must have in the file.
+        index: of the leaf, as it is stored: the part that the tensor fills.
+        view_shape, view_axes: `tensor.reshape(view_shape).transpose(view_axes)` has the shape and order of
+            `leaf[index]`, and copies nothing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[int | slice, ...]
+    view_shape: tuple[int, ...]
+    view_axes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One array of our tree and the tensors that fill it."""
+
+    path: TreePath
+    spec: ArraySpec
+    places: tuple[Place, ...]
+
+
+def leaves(specs: Mapping[str, Any], layout: Layout) -> Iterator[Leaf]:
+    """Every leaf of a decoder's spec tree with its places, in the order of the model's layers."""
+    yield from _group(specs, TOP, (), "", layout)
+    for number, layer in enumerate(specs["layers"]):
+        yield from _group(layer, LAYER, ("layers", number), f"model.layers.{number}.", layout)
+
+
+def is_ignorable(name: str, *, tied: bool) -> bool:
+    """Whether a tensor that no place asks for may stand in a checkpoint.
+
+    Rope frequencies were saved as buffers by early exports and are computed from the config here; a tied
+    model's head is the embedding, whatever copy of it was saved.
+    """
+    return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+
+def _group(
+    specs: Mapping[str, Any], table: Mapping[str, tuple[str, Part, int]], path: TreePath, prefix: str, layout: Layout
+) -> Iterator[Leaf]:
+    places: dict[str, list[Place]] = {}
+    for name, (leaf, part, num_outs) in table.items():
+        if leaf in specs:
+            turned = leaf in MATRICES and layout == "in_out"
+            places.setdefault(leaf, []).append(_place(prefix + name, specs[leaf].shape, part, num_outs, turned))
+    assert places.keys() == specs.keys() - {"layers"}, f"no Hugging Face name for {specs.keys() - places.keys()}"
+    for leaf, found in places.items():
+        yield Leaf((*path, leaf), specs[leaf], tuple(found))
+
+
+def _place(name: str, leaf_shape: tuple[int, ...], part: Part, num_outs: int, turned: bool) -> Place:
+    rank = len(leaf_shape)
+    num_ins = rank - num_outs
+    shape = leaf_shape[num_ins:] + leaf_shape[:num_ins] if turned else leaf_shape  # [out..., in...]
+    index = _part_index(part, num_groups=shape[1] - 2 if part in ("q", "k", "v") else 0)
+    outs = _indexed_shape(shape[:num_outs], index)
+    view_shape = outs + shape[num_outs:]
+    axes = tuple(range(len(view_shape)))
+    if turned:
+        axes = axes[len(outs) :] + axes[: len(outs)]
+        index = (slice(None),) * num_ins + index
+    file_shape = (math.prod(outs), math.prod(shape[num_outs:])) if num_outs < rank else (math.prod(outs),)
+    return Place(name, file_shape, index, view_shape, axes)
+
+
+def _part_index(part: Part, num_groups: int) -> tuple[int | slice, ...]:
+    match part:
+        case "all":
+            return ()
+        case "q":
+            return (slice(None), slice(0, num_groups))
+        case "k":
+            return (slice(None), num_groups)
+        case "v":
+            return (slice(None), num_groups + 1)
+        case "gate":
+            return (0,)
+        case "up":
+            return (1,)
+
+
+def _indexed_shape(shape: tuple[int, ...], index: tuple[int | slice, ...]) -> tuple[int, ...]:
+    """The shape of an array of `shape` after `[index]`."""
+    kept = []
+    for axis, size in enumerate(shape):
+        at = index[axis] if axis < len(index) else slice(None)
+        if isinstance(at, slice):
+            kept.append(len(range(*at.indices(size))))
+    return tuple(kept)

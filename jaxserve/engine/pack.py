@@ -1,0 +1,108 @@
+"""Laying a plan, or an admission, out as one int32 array. Arithmetic only; no jax."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxserve.scheduler.plan import StepPlan
+from jaxserve.state import PROMPT_LOGPROBS, StepShape
+from jaxserve.steps import FLOAT_FIELDS
+
+
+def pack_step(
+    plan: StepPlan, shape: StepShape, token_ids: np.ndarray, num_prompt: np.ndarray, features: np.ndarray
+) -> np.ndarray:
+    """The packed array of `state.StepBatch`, freshly allocated: the device may still read the last one.
+
+    Args:
+        token_ids: int32 [R, max_model_len] each row's known tokens.
+        num_prompt: int32 [R] prompt lengths.
+        features: int32 [R] feature bits.
+
+    Raises:
+        AssertionError: an id or index is out of range; JAX would clamp it and read somebody else's.
+    """
+    packed = np.zeros(shape.packed_len, np.int32)
+    fields = {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
+    fields["rows"].fill(shape.max_rows)
+    fields["sample_rows"].fill(shape.max_rows)
+    fields["update_rows"].fill(shape.max_rows)
+    num_decode = len(plan.decode_rows)
+    fields["tokens"][:num_decode] = -1
+    fields["rows"][:num_decode] = plan.decode_rows
+    fields["positions"][:num_decode] = plan.decode_positions
+    num_updates = len(plan.block_rows)
+    assert num_updates <= shape.num_updates, (num_updates, shape)
+    fields["update_rows"][:num_updates] = plan.block_rows
+    fields["update_cols"][:num_updates] = plan.block_cols
+    fields["update_ids"][:num_updates] = plan.block_ids
+    sampled = plan.sampled_rows
+    step_features = int(np.bitwise_or.reduce(features[sampled], initial=0)) & ~PROMPT_LOGPROBS
+    fields["sample_rows"][: len(sampled)] = sampled
+    fields["sample_index"][:num_decode] = np.arange(num_decode)
+    num_tiles = 0
+    if len(plan.prefill_rows):
+        step_features |= int(np.bitwise_or.reduce(features[plan.prefill_rows])) & PROMPT_LOGPROBS
+        num_tiles = _pack_prefill(plan, shape, fields, token_ids, num_prompt, step_features)
+    longest = int(plan.decode_positions.max(initial=-1)) + 1
+    fields["header"][:] = (num_decode, num_tiles, step_features, longest)
+    return packed
+
+
+def _pack_prefill(
+    plan: StepPlan,
+    shape: StepShape,
+    fields: dict[str, np.ndarray],
+    token_ids: np.ndarray,
+    num_prompt: np.ndarray,
+    step_features: int,
+) -> int:
+    """Fills in the chunks and their query tiles; returns how many tiles there are."""
+    offset = num_sampled = len(plan.decode_rows)
+    tiles: list[tuple[int, int]] = []
+    for row, start, length, samples in zip(
+        plan.prefill_rows.tolist(),
+        plan.prefill_starts.tolist(),
+        plan.prefill_lens.tolist(),
+        plan.prefill_samples.tolist(),
+        strict=True,
+    ):
+        end = offset + length
+        fields["tokens"][offset:end] = token_ids[row, start : start + length]
+        fields["positions"][offset:end] = np.arange(start, start + length)
+        fields["rows"][offset:end] = row
+        if step_features & PROMPT_LOGPROBS:
+            fields["targets"][offset:end] = _targets(token_ids[row], int(num_prompt[row]), start, length)
+        if samples:
+            fields["sample_index"][num_sampled] = end - 1
+            num_sampled += 1
+        tiles.extend((at, min(shape.q_tile, end - at)) for at in range(offset, end, shape.q_tile))
+        offset = end
+    assert offset <= shape.num_tokens, (offset, shape)
+    tile_array = np.asarray(tiles, np.int32)
+    fields["tile_start"][: len(tiles)] = tile_array[:, 0]
+    fields["tile_len"][: len(tiles)] = tile_array[:, 1]
+    return len(tiles)
+
+
+def _targets(tokens: np.ndarray, num_prompt: int, start: int, length: int) -> np.ndarray:
+    """The prompt token after each of [start, start + length), -1 past the prompt."""
+    targets = np.full(length, -1, np.int32)
+    known = max(min(length, num_prompt - 1 - start), 0)
+    targets[:known] = tokens[start + 1 : start + 1 + known]
+    return targets
+
+
+def pack_fields(fields: Mapping[str, int], values: Mapping[str, Any]) -> np.ndarray:
+    """Values one after the other as `steps.admit_row` and `steps.set_row_tables` split them."""
+    packed = np.empty(sum(fields.values()), np.int32)
+    offset = 0
+    for name, length in fields.items():
+        value = np.asarray(values[name])
+        as_ints = value.astype(np.float32).view(np.int32) if name in FLOAT_FIELDS else value.astype(np.int32)
+        packed[offset : offset + length] = as_ints
+        offset += length
+    return packed

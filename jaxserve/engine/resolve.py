@@ -1,0 +1,151 @@
+"""From what the user asked to what is served: every size decided once, before anything is allocated."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from jaxserve.config import DTYPE_BYTES, DType, EngineConfig, EngineLimits, ModelConfig
+from jaxserve.errors import ConfigError
+
+GIB = 2**30
+CPU_KV_BYTES = 4 * GIB  # default pool on a CPU, where "the device's memory" is everybody's
+MIN_BUCKET = 2  # XLA:CPU converts the whole weight of a one-row 16-bit product: 22 ms instead of 2
+KV_TILE = 64
+
+
+def resolve_engine_config(
+    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: jax.Device | None = None
+) -> EngineLimits:
+    """Decides every size that `config` left open.
+
+    Args:
+        weight_bytes: what the parameters take on the device.
+
+    Raises:
+        ConfigError: the sizes asked for contradict each other or do not fit the memory.
+    """
+    device = device or jax.devices()[0]
+    on_cpu = device.platform == "cpu"
+    max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
+    max_tokens = config.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={max_tokens} must be at least max_num_seqs={max_num_seqs}: every running "
+            "sequence feeds one token a step. Raise the first or lower the second."
+        )
+    max_tokens = max(max_tokens, MIN_BUCKET)
+    max_model_len = _max_model_len(config, model)
+    kv_dtype: DType = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    num_blocks = _num_blocks(config, model, kv_dtype, max_num_seqs, max_tokens, max_model_len, weight_bytes, device)
+    max_model_len = _fit_model_len(config, max_model_len, num_blocks)
+    kv_tile = max(KV_TILE if max_model_len <= 16_384 else 4 * KV_TILE, config.block_size)
+    tiles = -(-max_model_len // kv_tile)
+    return EngineLimits(
+        max_model_len=max_model_len,
+        block_size=config.block_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        num_blocks=num_blocks,
+        max_blocks_per_row=tiles * kv_tile // config.block_size,
+        kv_dtype=kv_dtype,
+        token_buckets=token_buckets(max_tokens, max_num_seqs),
+        q_tile=64 if max_model_len <= 16_384 else 256,
+        kv_tile=kv_tile,
+    )
+
+
+def token_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
+    """Token counts to compile: 2, 8, 32 ... and the two bounds themselves.
+
+    Steps of four cost at most a 4x padding of small steps, which read the same weights anyway; the
+    steady states (all rows decoding; a full budget) are met exactly.
+    """
+    buckets = {max(max_num_seqs, MIN_BUCKET), max_num_batched_tokens}
+    for start, end in ((MIN_BUCKET, max_num_seqs), (4 * max_num_seqs, max_num_batched_tokens)):
+        size = start
+        while size < end:
+            buckets.add(size)
+            size *= 4
+    return tuple(sorted(buckets))
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_position
+    if config.max_model_len > model.max_position:
+        raise ConfigError(
+            f"max_model_len={config.max_model_len} is more than the model's {model.max_position} positions. "
+            "Lower it, or set rope scaling in the model's config.json."
+        )
+    return config.max_model_len
+
+
+def _num_blocks(
+    config: EngineConfig,
+    model: ModelConfig,
+    kv_dtype: DType,
+    max_num_seqs: int,
+    max_tokens: int,
+    max_model_len: int,
+    weight_bytes: int,
+    device: jax.Device,
+) -> int:
+    block_bytes = model.kv_bytes_per_token(kv_dtype) * config.block_size
+    blocks_per_row = -(-max_model_len // config.block_size)
+    useful = max_num_seqs * blocks_per_row + 1  # more could never be in use
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override
+    if config.kv_cache_memory_bytes is not None:
+        num_bytes, asked = config.kv_cache_memory_bytes, "kv_cache_memory_bytes"
+    else:
+        num_bytes, asked = _available_bytes(config, model, max_num_seqs, max_tokens, weight_bytes, device), "memory"
+    num_blocks = min(num_bytes // block_bytes, useful)
+    if num_blocks < 2:
+        raise ConfigError(
+            f"No room for a KV cache: {asked} leaves {num_bytes} bytes and one block of {config.block_size} tokens "
+            f"takes {block_bytes}. Raise kv_cache_memory_bytes or gpu_memory_utilization."
+        )
+    return int(num_blocks)
+
+
+def _available_bytes(
+    config: EngineConfig,
+    model: ModelConfig,
+    max_num_seqs: int,
+    max_tokens: int,
+    weight_bytes: int,
+    device: jax.Device,
+) -> int:
+    """What is left for KV by the device's own account, or a fixed share of a CPU's memory."""
+    if device.platform == "cpu":
+        pages, page_bytes = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return min(CPU_KV_BYTES, int(config.gpu_memory_utilization * pages * page_bytes))
+    stats = device.memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    if limit is None:
+        raise ConfigError(f"{device.device_kind} does not report its memory. Set kv_cache_memory_bytes.")
+    used = max(stats.get("bytes_in_use", 0), weight_bytes)
+    return int(config.gpu_memory_utilization * limit) - used - _activation_bytes(model, max_num_seqs, max_tokens)
+
+
+def _activation_bytes(model: ModelConfig, max_num_seqs: int, max_tokens: int) -> int:
+    """An upper estimate of a step's temporaries and of `DecodeState`, float32."""
+    width = 4 * model.hidden_size + 4 * model.intermediate_size + 4 * model.num_heads * model.head_dim
+    logits = 6 * min(max_num_seqs, max_tokens) * model.vocab_size
+    return DTYPE_BYTES["float32"] * (max_tokens * width + logits + 2 * max_num_seqs * model.vocab_size)
+
+
+def _fit_model_len(config: EngineConfig, max_model_len: int, num_blocks: int) -> int:
+    """The context that the pool can hold for one request; an explicit longer one is refused."""
+    fits = (num_blocks - 1) * config.block_size
+    if fits >= max_model_len:
+        return max_model_len
+    if config.max_model_len is not None:
+        raise ConfigError(
+            f"max_model_len={max_model_len} needs more KV than there is: the pool holds {fits} tokens. "
+            f"Set max_model_len to at most {fits}, or raise kv_cache_memory_bytes."
+        )
+    return fits

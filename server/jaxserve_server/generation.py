@@ -1,0 +1,136 @@
+"""Runs a request's prompts through the engine and makes text of what comes back.
+
+Owns the life of the engine's requests behind one HTTP request: whoever stops reading, for whatever reason,
+ends them. Knows no wire format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from jaxserve.errors import EngineError
+from jaxserve.text.assembler import TextAssembler, TextDelta
+from jaxserve.types import Delta, SamplingParams, TokenLogprobs
+from jaxserve_server.errors import from_exception
+from jaxserve_server.prompts import Prompt
+from jaxserve_server.serving import Serving
+
+T = TypeVar("T")
+MERGE_BUFFER = 2  # deltas a prompt held for a slow reader; past it the engine joins them
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt to run. `index` is its choice's."""
+
+    index: int
+    prompt: Prompt
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Gain:
+    """What one job gained: one TextDelta a token, so that a chunk can be one token.
+
+    Attributes:
+        prompt_logprobs: one entry a prompt token, in the first gain only.
+    """
+
+    index: int
+    parts: tuple[TextDelta, ...]
+    num_cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+def new_response_id(prefix: str, given: str | None) -> str:
+    """The id that the answer carries; the engine's own ids are never the client's (S-32)."""
+    return f"{prefix}-{given or uuid.uuid4().hex}"
+
+
+def run(serving: Serving, jobs: Sequence[Job]) -> AsyncGenerator[Gain, None]:
+    """What the jobs gain, as it comes. Closing it aborts the jobs that still run."""
+    return merge([run_job(serving, job) for job in jobs])
+
+
+async def run_job(serving: Serving, job: Job) -> AsyncGenerator[Gain, None]:
+    """Yields one job's gains until it ends by itself or at a stop string.
+
+    Raises:
+        ApiError: the engine refused it, or failed.
+    """
+    assembler = TextAssembler(serving.tokenizer, job.params, prompt_token_ids=job.prompt.token_ids)
+    deltas = serving.engine.generate(job.prompt.token_ids, job.params, request_id=f"gen-{uuid.uuid4().hex}")
+    async with aclosing(deltas):
+        async for delta in deltas:
+            if delta.finish_reason == "error":
+                raise from_exception(delta.error or EngineError("The request failed."))
+            if delta.finish_reason == "abort" and delta.error is not None:
+                raise from_exception(delta.error)
+            parts = []
+            for token in one_by_one(delta):
+                parts.append(assembler.push(token))
+                if parts[-1].finish_reason is not None:
+                    break
+            yield Gain(job.index, tuple(parts), delta.num_cached_tokens, delta.prompt_logprobs)
+            if parts[-1].finish_reason is not None:
+                return
+    raise EngineError("The engine's answer ended without a reason.")
+
+
+def one_by_one(delta: Delta) -> list[Delta]:
+    """`delta` as deltas of one token each; the last has its end."""
+    count = len(delta.token_ids)
+    if count <= 1:
+        return [delta]
+    return [
+        replace(
+            delta,
+            token_ids=(token_id,),
+            logprobs=None if delta.logprobs is None else (delta.logprobs[i],),
+            finish_reason=delta.finish_reason if i == count - 1 else None,
+            stop_reason=delta.stop_reason if i == count - 1 else None,
+        )
+        for i, token_id in enumerate(delta.token_ids)
+    ]
+
+
+async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The items of all streams as they come; the first exception of any ends them all."""
+    if len(streams) == 1:
+        async with aclosing(streams[0]) as only:
+            async for item in only:
+                yield item
+        return
+    queue: asyncio.Queue[tuple[T | None, Exception | None]] = asyncio.Queue(MERGE_BUFFER * len(streams))
+    tasks = [asyncio.create_task(_feed(stream, queue)) for stream in streams]
+    try:
+        running = len(tasks)
+        while running:
+            item, exc = await queue.get()
+            if exc is not None:
+                raise exc
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _feed(stream: AsyncGenerator[T, None], queue: asyncio.Queue[tuple[T | None, Exception | None]]) -> None:
+    """Puts the stream's items into the queue, then (None, None), or (None, its exception)."""
+    try:
+        async with aclosing(stream):
+            async for item in stream:
+                await queue.put((item, None))
+    except Exception as exc:  # travels to the reader
+        await queue.put((None, exc))
+    else:
+        await queue.put((None, None))

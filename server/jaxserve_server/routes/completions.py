@@ -1,0 +1,148 @@
+"""`POST /v1/completions`: prompts in, their continuations out, one choice a prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jaxserve.text.assembler import TextDelta
+from jaxserve_server.body import read_request
+from jaxserve_server.choices import Choice, Style, completion_choice, echoed, total_usage
+from jaxserve_server.generation import Gain, Job, new_response_id, run
+from jaxserve_server.prompts import Prompt, completion_prompts, fit, off_loop
+from jaxserve_server.responses import Completion, CompletionChoice
+from jaxserve_server.routes.answer import json_response
+from jaxserve_server.sampling import DEFAULT_COMPLETION_TOKENS, check_completion, completion_params
+from jaxserve_server.schemas import CompletionRequest
+from jaxserve_server.serving import Serving
+from jaxserve_server.sse import DONE, event, start_stream, while_connected
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One request, ready to run."""
+
+    request: CompletionRequest
+    serving: Serving
+    jobs: list[Job]
+    style: Style
+    id: str
+    created: int
+
+    @property
+    def echo_only(self) -> bool:
+        return bool(self.request.echo) and self.request.max_tokens == 0
+
+    def answer(self, choices: list[CompletionChoice]) -> Completion:
+        return Completion(self.id, self.created, self.serving.model_name, choices, self.serving.system_fingerprint)
+
+
+async def completions(request: Request, serving: Serving) -> Response:
+    body = await read_request(request, CompletionRequest, max_depth=serving.limits.max_json_depth)
+    check_completion(body, serving)
+    call = _Call(
+        request=body,
+        serving=serving,
+        jobs=[_job(i, prompt, body, serving) for i, prompt in enumerate(await completion_prompts(body, serving))],
+        style=_style(body),
+        id=new_response_id("cmpl", body.request_id),
+        created=int(time.time()),
+    )
+    if body.stream:
+        return await start_stream(request.receive, _events(call))
+    return json_response(await while_connected(request.receive, _whole(call)))
+
+
+def _job(index: int, prompt: Prompt, request: CompletionRequest, serving: Serving) -> Job:
+    asked = request.max_tokens
+    if asked is None and (default := serving.default_sampling.get("max_tokens")):
+        asked = None
+        wanted = int(default)
+    else:
+        wanted = DEFAULT_COMPLETION_TOKENS if asked is None else asked
+    prompt = fit(prompt, request, serving, asked, what="prompt")
+    room = serving.max_model_len - len(prompt.token_ids)
+    return Job(index, prompt, completion_params(request, serving, max_tokens=max(1, min(wanted, room))))
+
+
+def _style(request: CompletionRequest) -> Style:
+    return Style(
+        num_logprobs=request.logprobs,
+        num_prompt_logprobs=request.prompt_logprobs,
+        tokens_as_ids=bool(request.return_tokens_as_token_ids),
+        token_ids=bool(request.return_token_ids),
+        interval=request.stream_interval or 1,
+    )
+
+
+async def _gains(call: _Call, choices: list[Choice]) -> AsyncGenerator[Choice, None]:
+    """The choices, each as soon as it gained something; an echoed prompt comes with the first of it."""
+    echoes = {}
+    if call.request.echo:
+        size = sum(len(job.prompt.token_ids) for job in call.jobs)
+        tokenizer = call.serving.tokenizer
+        prompts = [job.prompt for job in call.jobs]
+        echoes = dict(
+            enumerate(await off_loop(size, call.serving, lambda: [echoed(prompt, tokenizer) for prompt in prompts]))
+        )
+    async with aclosing(_run(call)) as gains:
+        async for gain in gains:
+            choice = choices[gain.index]
+            choice.num_cached_tokens = max(choice.num_cached_tokens, gain.num_cached_tokens)
+            if gain.prompt_logprobs is not None:
+                choice.prompt_logprobs = gain.prompt_logprobs
+            if gain.index in echoes:
+                wanted = gain.prompt_logprobs if call.request.logprobs is not None else None
+                choice.echo(*echoes.pop(gain.index), wanted)
+            for part in gain.parts:
+                choice.add(_NOTHING if call.echo_only else part)
+                yield choice
+                if choice.finish_reason is not None:
+                    break
+
+
+_NOTHING = TextDelta(finish_reason="length")  # what a prompt of which only the echo is wanted generates
+
+
+async def _run(call: _Call) -> AsyncGenerator[Gain, None]:
+    if call.echo_only and call.request.logprobs is None and call.request.prompt_logprobs is None:
+        for job in call.jobs:
+            yield Gain(job.index, (_NOTHING,))
+        return
+    async with aclosing(run(call.serving, call.jobs)) as gains:
+        async for gain in gains:
+            yield gain
+
+
+async def _whole(call: _Call) -> Completion:
+    choices = [Choice(job.index, job.prompt, call.style) for job in call.jobs]
+    async with aclosing(_gains(call, choices)) as gains:
+        async for _ in gains:
+            pass
+    answer = call.answer([completion_choice(choice, call.serving.tokenizer) for choice in choices])
+    answer.usage = total_usage(choices)
+    return answer
+
+
+async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
+    choices = [Choice(job.index, job.prompt, call.style) for job in call.jobs]
+    options = call.request.stream_options
+    async with aclosing(_gains(call, choices)) as gains:
+        async for choice in gains:
+            if choice.due:
+                chunk = call.answer([completion_choice(choice, call.serving.tokenizer)])
+                if options and options.continuous_usage_stats:
+                    chunk.usage = choice.usage()
+                choice.clear()
+                yield event(chunk)
+    last = DONE
+    if options and options.include_usage:
+        chunk = call.answer([])
+        chunk.usage = total_usage(choices)
+        last = event(chunk) + DONE
+    yield last
