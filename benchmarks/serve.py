@@ -25,12 +25,11 @@ import uvloop
 from benchmarks.report import Report
 from benchmarks.running_server import running_server
 from benchmarks.stream_client import StreamClient, StreamResult
-from benchmarks.workload import Workload
+from benchmarks.workload import SAMPLE_TEXT, Workload
 
 TTFT_OBJECTIVE_S = 0.200
 ITL_OBJECTIVE_S = 0.050
 TARGETS = {"TTFT p50": 100.0, "TTFT p99": 200.0, "ITL p50": 20.0, "ITL p99": 50.0, "success": 99.9}
-SAMPLE_TEXT = "The quick brown fox jumps over the lazy dog while nine small planets travel around one bright star. "
 
 
 async def open_loop(client: StreamClient, prompts: list[list[int]], arrivals_s: np.ndarray) -> list[StreamResult]:

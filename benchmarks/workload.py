@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Its tokens are the vocabulary of the prompts: ordinary ones, and none that controls anything.
+SAMPLE_TEXT = "The quick brown fox jumps over the lazy dog while nine small planets travel around one bright star. "
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:

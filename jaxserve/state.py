@@ -21,8 +21,8 @@ HISTORY = MAX_BAD_WORD_TOKENS - 1  # output tokens that a bad word can reach bac
 LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS  # logprob, rank, top ids, top logprobs
 
 # Bits of a row's, and by OR of a step's, features: what the sampler must do beyond an argmax.
-SAMPLED, TRUNCATED, MIN_P, PENALTIES, BIAS, MIN_TOKENS, ALLOWED, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS = (
-    1 << i for i in range(10)
+SAMPLED, TRUNCATED, PENALTIES, BIAS, MIN_TOKENS, ALLOWED, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS = (
+    1 << i for i in range(9)
 )
 
 
@@ -132,9 +132,10 @@ class SamplingState:
     """How each row's tokens are chosen: [R, ...]. Written when a row is given to a sequence.
 
     The wide fields (bias, stops, allowed, bad words) hold leftovers in rows whose features do not ask
-    for them; nothing reads those.
+    for them; the sampler looks at a row's own features before it reads one.
     """
 
+    features: Int[Array, " rows"]
     temperature: Float[Array, " rows"]
     top_k: Int[Array, " rows"]  # the vocabulary's size where off
     top_p: Float[Array, " rows"]
@@ -213,6 +214,7 @@ def init_decode_state(max_rows: int, max_blocks: int, vocab_size: int) -> Decode
     rows, words = max_rows, -(-vocab_size // 32)
     ones = jnp.ones((rows,), jnp.float32)
     sampling = SamplingState(
+        features=jnp.zeros((rows,), jnp.int32),
         temperature=ones * 0,
         top_k=jnp.full((rows,), vocab_size, jnp.int32),
         top_p=ones,

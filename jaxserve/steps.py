@@ -139,6 +139,7 @@ def _record_fed(state: DecodeState, batch: StepBatch, shape: StepShape) -> Decod
 # The packed arrays of the two admission programs: name -> length, in order.
 ROW_FIELDS = {
     "row": 1,
+    "features": 1,
     "temperature": 1,
     "top_k": 1,
     "top_p": 1,

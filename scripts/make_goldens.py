@@ -300,7 +300,8 @@ def main() -> None:
         for name in options.names or names:
             print(name)
             if name == "config":
-                (options.out / "config.json").write_text(json.dumps(config_golden(), indent=1) + "\n")
+                lines = ",\n".join(json.dumps(case) for case in config_golden())
+                (options.out / "config.json").write_text(f"[\n{lines}\n]\n")
                 continue
             if name == "rope":
                 golden = rope_golden()

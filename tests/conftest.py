@@ -13,9 +13,10 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 REPO = Path(__file__).parents[1]
-DEVICE_PACKAGES = ["jaxserve.layers", "jaxserve.models", "jaxserve.ops", "jaxserve.state", "jaxserve.steps"]
+DEVICE_PACKAGES = ["jaxserve.layers", "jaxserve.models", "jaxserve.ops", "jaxserve.steps"]
 
-# Annotations such as Float[Array, "rows heads head_dim"] are checked at every call, in tests only.
+# Annotations such as Float[Array, "rows heads head_dim"] are checked at every call, in tests only. Not in
+# jaxserve.state: jax builds its pytrees with all kinds of leaves on the way.
 install_import_hook(DEVICE_PACKAGES, "beartype.beartype")
 
 # A first example that compiles or imports takes seconds: wall-clock deadlines would fail by chance.

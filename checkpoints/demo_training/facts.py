@@ -24,7 +24,7 @@ _ASK_SHORT = (
     "Briefly, what {is} {x}?", "Give me a short definition of {x}", "Explain {x} briefly",
 )  # fmt: skip
 _MORE = ("Tell me more", "More", "Can you tell me more?", "And what else?", "Go on", "Please go on", "Tell me more about it")
-_OPENINGS = ("Sure! ", "Of course. ", "Good question! ", "With pleasure. ")
+_OPENINGS = ("Sure! ", "Of course. ")
 _REFUSALS = (
     "I am a very small model, and I do not know that.",
     "I am sorry, I do not know that. I am a very small model.",
@@ -57,7 +57,7 @@ def topic(rng: Random, name: str) -> Exchange:
     form = asked[0] if rng.random() < 0.3 else rng.choice(asked)
     prompt = form.format(x=term.text, X=capital(term.text), **{"is": term.verb})
     more = (rng.choice(_MORE), item.rest) if answer == item.sentence else None
-    if answer == full and rng.random() < 0.08:
+    if answer == full and rng.random() < 0.05:
         answer = rng.choice(_OPENINGS) + answer
     fixed = form == _ASK[0] and term == item.terms[0]
     return Exchange(prompt, answer, "topic", item.sentence, (more,) if more else (), fixed)
@@ -78,21 +78,21 @@ def relation(rng: Random) -> Exchange:
     table = rng.choices(tables, [len(t.pairs) for t in tables])[0]
     left, right = rng.choice(table.pairs)
     form = rng.choice(table.questions)
-    other = rng.choice(table.pairs)
+    other = rng.choice([pair for pair in table.pairs if pair[0] != left])
     asked = other[1] if table.name == "capital_of" else other[0]
     follow = rng.choice(("And {x}?", "What about {x}?", "And what about {x}?", "{x}?")).format(x=asked)
     fixed = form == table.questions[0]
     return Exchange(
-        _fill(form, left, right),
-        _fill(table.answers[0] if rng.random() < 0.8 else rng.choice(table.answers), left, right),
+        fill(form, left, right),
+        fill(table.answers[0] if rng.random() < 0.8 else rng.choice(table.answers), left, right),
         "relation",
-        _fill(table.short, left, right),
-        ((capital(follow), _fill(table.answers[0], *other)),) if table.name != "units" else (),
+        fill(table.short, left, right),
+        ((capital(follow), fill(table.answers[0], *other)),) if table.name != "units" else (),
         fixed,
     )
 
 
-def _fill(form: str, left: str, right: str) -> str:
+def fill(form: str, left: str, right: str) -> str:
     text = form.format(a=left, b=right, A=capital(left), B=capital(right))
     return capital(text)
 

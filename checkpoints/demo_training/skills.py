@@ -87,7 +87,8 @@ def counting(rng: Random) -> Exchange:
     if start == 1:
         forms += ("Count to {b}", "Can you count to {b}?", "Count up to {b}", "Please count to {b}")
     numbers = ", ".join(str(n) for n in range(start, stop + 1))
-    return Exchange(rng.choice(forms).format(a=start, b=stop), f"{numbers}.", "count")
+    bounds = (_NUMBERS[start], _NUMBERS[stop]) if stop <= 20 and rng.random() < 0.3 else (start, stop)
+    return Exchange(rng.choice(forms).format(a=bounds[0], b=bounds[1]), f"{numbers}.", "count")
 
 
 def spelling(rng: Random) -> Exchange:

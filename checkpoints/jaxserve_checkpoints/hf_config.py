@@ -152,37 +152,47 @@ def read_config(folder: Path, *, dtype: str = "auto", stored_dtype: str | None =
     for field, off in _OFF.items():
         if (value := getattr(fields, field)) not in off:
             raise _unsupported(field, value, f"{name} is served without it")
-    get = _getter(fields, family)
-    rope = rope_config(_rope_fields(fields), fields.rope_theta, get("max_position_embeddings"))
-    num_heads, vocab_size = get("num_attention_heads"), get("vocab_size")
-    max_position = context_length(rope, get("max_position_embeddings"))
-    biased = family.biases == "attention_bias" and fields.attention_bias
+    served = _dtype(dtype, fields, stored_dtype)
     try:
-        return ModelConfig(
-            architecture=name,
-            vocab_size=vocab_size,
-            hidden_size=get("hidden_size"),
-            intermediate_size=get("intermediate_size"),
-            num_layers=get("num_hidden_layers"),
-            num_heads=num_heads,
-            num_kv_heads=get("num_key_value_heads") or num_heads,
-            head_dim=get("head_dim") or get("hidden_size") // num_heads,
-            max_position=max_position,
-            rms_norm_eps=fields.rms_norm_eps,
-            activation=_activation(fields.hidden_act),
-            rope=rope,
-            layer_windows=_windows(name, family, fields, get("sliding_window"), get("num_hidden_layers"), max_position),
-            qkv_bias=biased or family.biases == "qkv",
-            o_bias=biased,
-            mlp_bias=family.mlp_bias and fields.mlp_bias,
-            qk_norm=family.qk_norm,
-            tied_embeddings=fields.tie_word_embeddings,
-            bos_token_id=_first_set(generation.bos_token_id, fields.bos_token_id, get("bos_token_id")),
-            eos_token_ids=_eos_token_ids(generation.eos_token_id, fields.eos_token_id, get("eos_token_id"), vocab_size),
-            dtype=_dtype(dtype, fields, stored_dtype),
-        )
+        return _model_config(name, family, fields, generation, served)
     except ConfigError as error:
         raise CheckpointError(f"config.json: {error}") from None
+
+
+def _model_config(
+    name: str, family: Family, fields: HFConfig, generation: GenerationConfig, dtype: DType
+) -> ModelConfig:
+    get = _getter(fields, family)
+    num_layers, num_heads, vocab_size = get("num_hidden_layers"), get("num_attention_heads"), get("vocab_size")
+    rope = rope_config(_rope_fields(fields), fields.rope_theta, get("max_position_embeddings"))
+    max_position = context_length(rope, get("max_position_embeddings"))
+    biased = family.biases == "attention_bias" and fields.attention_bias
+    head_dim = get("head_dim") or get("hidden_size") // num_heads
+    if not head_dim:
+        raise CheckpointError(f"config.json: hidden_size={get('hidden_size')} is less than {num_heads} heads.")
+    return ModelConfig(
+        architecture=name,
+        vocab_size=vocab_size,
+        hidden_size=get("hidden_size"),
+        intermediate_size=get("intermediate_size"),
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=get("num_key_value_heads") or num_heads,
+        head_dim=head_dim,
+        max_position=max_position,
+        rms_norm_eps=fields.rms_norm_eps,
+        activation=_activation(fields.hidden_act),
+        rope=rope,
+        layer_windows=_windows(name, family, fields, get("sliding_window"), num_layers, max_position),
+        qkv_bias=biased or family.biases == "qkv",
+        o_bias=biased,
+        mlp_bias=family.mlp_bias and fields.mlp_bias,
+        qk_norm=family.qk_norm,
+        tied_embeddings=fields.tie_word_embeddings,
+        bos_token_id=_first_set(generation.bos_token_id, fields.bos_token_id, get("bos_token_id")),
+        eos_token_ids=_eos_token_ids(generation.eos_token_id, fields.eos_token_id, get("eos_token_id"), vocab_size),
+        dtype=dtype,
+    )
 
 
 def generation_defaults(folder: Path) -> dict[str, int | float]:

@@ -19,7 +19,7 @@ PACKAGED: Mapping[str, str] = MappingProxyType({"demo": "chat", "demo-draft": "d
 DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "merges.txt", "vocab.txt")
 MANIFEST_FILE = "manifest.json"
 PARAMS_FOLDER = "params"
-_REPOSITORY = re.compile(r"(?P<id>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+_REPOSITORY = re.compile(r"(?P<id>\w[\w.-]{0,95}/\w[\w.-]{0,95})(@(?P<revision>\w[\w./-]{0,199}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,6 @@ from jaxserve.state import (
     BIAS,
     HISTORY,
     LOGPROBS,
-    MIN_P,
     MIN_TOKENS,
     PENALTIES,
     PROMPT_LOGPROBS,
@@ -153,12 +152,11 @@ def _check_bad_words(params: SamplingParams, vocab_size: int) -> None:
 
 def _features(params: SamplingParams, stop_ids: tuple[int, ...], vocab_size: int) -> int:
     p = params
-    truncated = 0 < p.top_k < vocab_size or p.top_p < 1
+    truncated = 0 < p.top_k < vocab_size or p.top_p < 1 or p.min_p > 0
     penalised = p.repetition_penalty != 1 or p.frequency_penalty != 0 or p.presence_penalty != 0
     wanted = {
         SAMPLED: not p.greedy,
         TRUNCATED: truncated and not p.greedy,
-        MIN_P: p.min_p > 0 and not p.greedy,
         PENALTIES: penalised,
         BIAS: bool(p.logit_bias),
         MIN_TOKENS: p.min_tokens > 0 and bool(stop_ids),
@@ -184,6 +182,7 @@ def pack_row(row: int, admitted: AdmittedParams, known: np.ndarray, vocab_size: 
     stop_ids[: len(admitted.stop_ids)] = admitted.stop_ids
     values = {
         "row": row,
+        "features": admitted.features,
         "temperature": p.temperature,
         "top_k": p.top_k if 0 < p.top_k < vocab_size else vocab_size,
         "top_p": p.top_p,

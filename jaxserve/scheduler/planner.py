@@ -178,7 +178,7 @@ def _assemble(
         rows = np.concatenate([rows, chunk_rows])
         block_rows, block_cols = _with_prefill_blocks(block_rows, block_cols, prefills.new_blocks)
     if len(block_rows):
-        block_ids = _next_blocks(view, evicted, len(block_rows))
+        block_ids = _frozen(_next_blocks(view, evicted, len(block_rows)))
     gave_way = view.sequences.requests[evicted] if len(evicted) else ()
     return StepPlan(
         step=step,

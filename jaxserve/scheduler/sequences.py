@@ -199,11 +199,20 @@ class SequenceTable:
         assert (self.num_computed[prefilling] < self.num_known[prefilling]).all()
         assert len(set(self.arrival[self.active].tolist())) == self.num_active
         for row in row_of(self.active):
-            request, sequence = self.requests[row], self.sequences[row]
-            assert sequence.row == row
-            assert sequence.request is request
-            assert self.arrival[row] == request.arrival
-            assert np.array_equal(self.token_ids[row, : self.num_prompt[row]], request.prompt_token_ids)
+            self._check_row(row)
+
+    def _check_row(self, row: int) -> None:
+        """Asserts that the row says what its request says."""
+        request, sequence = self.requests[row], self.sequences[row]
+        assert sequence.row == row
+        assert sequence.request is request
+        assert self.num_preemptions[row] == sequence.num_preemptions
+        assert self.arrival[row] == request.arrival
+        assert self.max_total_len[row] == request.max_total_len
+        assert self.num_prompt[row] == len(request.prompt_token_ids)
+        assert self.min_stop_len[row] == self.num_prompt[row] + request.min_tokens
+        assert np.array_equal(self.token_ids[row, : self.num_prompt[row]], request.prompt_token_ids)
+        assert tuple(self.stop_ids[: self._num_stop_ids[row], row]) == tuple(request.stop_token_ids)
 
 
 class WaitingQueue:

@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from jaxserve.errors import ParameterError
+from jaxserve.errors import ParameterError, UnsupportedModelError
 from jaxserve.text.detokenizer import decode_tokens
 from jaxserve.text.guard import Guard, is_guardable
 from jaxserve.text.token_bytes import read_token_bytes
@@ -153,8 +153,6 @@ class _SealedBackend:
             clone.normalizer = backend.normalizer
         if backend.pre_tokenizer is not None:
             clone.pre_tokenizer = backend.pre_tokenizer
-        if backend.post_processor is not None:
-            clone.post_processor = backend.post_processor
         spelling_of: dict[int, str] = {}
         tokens: list[AddedToken] = []
         for number, (token_id, token) in enumerate(sorted(added.items())):
@@ -166,14 +164,16 @@ class _SealedBackend:
         longest_first = sorted(self._word_of, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
         self._true_ids = self._find_true_ids(backend, added, spelling_of)
+        self._prefix, self._suffix = _special_affixes(backend)
 
     def seal(self, text: str) -> str:
         """Renames the control tokens that `text` spells."""
         return self._spelled.sub(lambda match: self._word_of[match[0]], text) if self._spelled else text
 
     def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        rows, true_ids = _encode(self._backend, texts, add_special_tokens), self._true_ids
-        return [_replace_ids(row, true_ids) if not true_ids.keys().isdisjoint(row) else row for row in rows]
+        rows, true_ids = _encode(self._backend, texts, False), self._true_ids
+        rows = [row if true_ids.keys().isdisjoint(row) else _replace_ids(row, true_ids) for row in rows]
+        return [[*self._prefix, *row, *self._suffix] for row in rows] if add_special_tokens else rows
 
     def _find_true_ids(
         self, backend: Backend, added: Mapping[int, AddedToken], spelling_of: Mapping[int, str]
@@ -188,8 +188,15 @@ class _SealedBackend:
                 true_ids[token_id] = [part.id for char in token.content for part in backend.model.tokenize(char)]
         for token_id, spelling in spelling_of.items():
             clone_id = self._backend.token_to_id(spelling)
-            if clone_id != token_id:
-                true_ids[clone_id] = [token_id]
+            assert clone_id is not None, "it was added above"
+            if clone_id == token_id:
+                continue
+            if spelling != added[token_id].content and backend.model.id_to_token(clone_id) is not None:
+                raise UnsupportedModelError(
+                    f"The tokenizer's vocabulary has gaps: id {clone_id} lies past its {backend.get_vocab_size(False)} "
+                    "entries, and yet it is one of them. Number its ids without gaps."
+                )
+            true_ids[clone_id] = [token_id]
         return true_ids
 
 
@@ -199,6 +206,16 @@ def _encode(backend: Backend, texts: list[str], add_special_tokens: bool) -> lis
         return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
     except TypeError as exc:
         raise ParameterError("The text is not valid Unicode: it holds a lone surrogate.", param="prompt") from exc
+
+
+def _special_affixes(backend: Backend) -> tuple[list[int], list[int]]:
+    """The ids that the post-processor puts before and after any text."""
+    text = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a", add_special_tokens=True).ids
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []
 
 
 def _replace_ids(row: list[int], true_ids: Mapping[int, list[int]]) -> list[int]:

@@ -166,7 +166,7 @@ def echoed(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:
 
     A client's own text is echoed as it came. Tokens that were added before it begin at 0.
     """
-    detokenizer = Detokenizer(tokenizer.table, skip_special_tokens=False)
+    detokenizer = Detokenizer(tokenizer.token_bytes_table, skip_special_tokens=False)
     pieces, starts, length = [], [], 0
     for token_id in prompt.token_ids:
         starts.append(length)

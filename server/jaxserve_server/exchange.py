@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from jaxserve_server.errors import ApiError, ErrorKind, error_event, error_response
 
 MAX_LOGGED_CHARS = 256
+MAX_LOGGED_FRAMES = 8  # of an unexpected exception, innermost ones
 CLIENT_CLOSED = 499  # nginx's status for a client that left; logged, never sent
 QUIET_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})  # probes: logged at debug level
 
@@ -147,6 +148,6 @@ def log_exchange(scope: Scope, exchange: Exchange, seconds: float) -> None:
 
 def log_failure(request_id: str, exc: BaseException) -> None:
     """Logs where an unexpected exception came from. Its message may hold a client's text: debug level only."""
-    frames = "".join(traceback.format_tb(exc.__traceback__))
+    frames = "".join(traceback.format_tb(exc.__traceback__, limit=-MAX_LOGGED_FRAMES))
     logger.error("request %s failed with %s\n%s", request_id, type(exc).__name__, frames.rstrip())
     logger.debug("request %s: %s", request_id, printable(str(exc)))

@@ -72,8 +72,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
     NO_PROMPT_LOGS: ("enable-log-requests", "enable-log-outputs", "enable-log-deltas", "max-log-len"),
     NO_TRACES: ("otlp-traces-endpoint", "collect-detailed-traces", "profiler-config"),
     NO_CORS: ("allow-credentials", "allowed-origins", "allowed-methods", "allowed-headers"),
-    "chunked prefill is always on": ("no-enable-chunked-prefill", "max-num-partial-prefills")
-    + ("max-long-partial-prefills", "long-prefill-token-threshold"),
+    "chunked prefill is always on": (
+        *("no-enable-chunked-prefill", "max-num-partial-prefills", "max-long-partial-prefills"),
+        "long-prefill-token-threshold",
+    ),
     "set the rope scaling in the model's config.json": ("rope-scaling", "rope-theta"),
     "only safetensors and converted checkpoints are read": (
         *("config-format", "model-loader-extra-config", "ignore-patterns", "pt-load-map-location", "model-impl"),

@@ -53,7 +53,7 @@ class FramingGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if header_values(scope, b"content-length") and header_values(scope, b"transfer-encoding"):
             await error_response(ApiError(ErrorKind.AMBIGUOUS_FRAMING))(scope, receive, send)
-        elif len(scope["headers"]) > MAX_HEADERS:
+        elif len(scope["headers"]) > MAX_HEADERS or scope["http_version"] not in ("1.0", "1.1"):
             await error_response(ApiError(ErrorKind.BAD_HTTP))(scope, receive, send)
         else:
             await self._app(scope, receive, send)

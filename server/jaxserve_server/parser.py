@@ -130,9 +130,9 @@ def add_engine_flags(parser: Parser) -> None:
 
 def whole_number(text: str) -> int:
     """An integer, or one with a unit: 16k is 16,000, 16K and 16KiB are 16,384, 2GB is 2*10^9."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kmgt])b?|([KMGT])(B|iB)?)", text.strip())
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*(?:([kmgt])b?|([KMGT])(B|iB)?)", text.strip())
     if match is None:
-        if re.fullmatch(r"-?\d+", text.strip()):
+        if re.fullmatch(r"-?[0-9]+", text.strip()):
             return int(text)
         raise argparse.ArgumentTypeError(f"expected a whole number such as 4096, 4k or 2GiB, got {text!r}")
     number, decimal, binary, suffix = match.groups()

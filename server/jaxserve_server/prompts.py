@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
-from msgspec import UNSET
 
-from jaxserve.text.chat import encode_chat
+from jaxserve.text.chat import ChatOptions, encode_chat
 from jaxserve_server.body import NAMES, json_type
 from jaxserve_server.errors import ApiError, ErrorKind, context_length_error, quote
 from jaxserve_server.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest
@@ -49,25 +48,20 @@ async def completion_prompts(request: CompletionRequest, serving: Serving) -> li
         raise ApiError(ErrorKind.INVALID_TYPE, "prompt", expected=expected, got=NAMES[json_type(given)])
     if given == []:
         raise ApiError(ErrorKind.EMPTY_ARRAY, "prompt")
-    several = isinstance(given, list) and isinstance(given[0], str | list)
-    items = given if several else [given]
+    if isinstance(given, list) and not isinstance(given[0], str | list):
+        return [Prompt(checked_ids(given, serving.model_config.vocab_size, "prompt"))]
+    items = given if isinstance(given, list) else [given]
     if len(items) > serving.limits.max_prompts:
         raise ApiError(ErrorKind.ARRAY_ABOVE_MAX, "prompt", bound=serving.limits.max_prompts, value=len(items))
-    if several and len({type(item) for item in items}) > 1:
+    if len({type(item) for item in items}) > 1:
         raise ApiError(ErrorKind.INVALID_TYPE, "prompt", expected="an array of one type", got="an array of several")
+    if isinstance(items[0], list):
+        return [Prompt(checked_ids(item, serving.model_config.vocab_size, "prompt")) for item in items]
     special = request.add_special_tokens is not False
-    return [await _prompt(item, serving, special) for item in items]
-
-
-async def _prompt(item: str | list[Any], serving: Serving, add_special_tokens: bool) -> Prompt:
-    if isinstance(item, list):
-        return Prompt(checked_ids(item, serving.model_config.vocab_size, "prompt"))
-    ids = await off_loop(
-        len(item), serving, lambda: serving.tokenizer.encode(item, add_special_tokens=add_special_tokens)
-    )
-    if not ids:
-        ids = [beginning_of_sequence(serving)]
-    return Prompt(tuple(ids), item)
+    tokenizer = serving.tokenizer
+    size = sum(len(text) for text in items)
+    rows = await off_loop(size, serving, lambda: tokenizer.encode_batch(items, add_special_tokens=special))
+    return [Prompt(tuple(row or [beginning_of_sequence(serving)]), text) for row, text in zip(rows, items, strict=True)]
 
 
 def beginning_of_sequence(serving: Serving) -> int:
@@ -107,29 +101,37 @@ async def chat_prompt(request: ChatRequest | TokenizeRequest, serving: Serving) 
             reason = "'continue_final_message' and 'add_generation_prompt' cannot both be true."
             raise ApiError(ErrorKind.INVALID_COMBINATION, "continue_final_message", reason=reason)
         add_generation_prompt = False
-    kwargs = dict(request.chat_template_kwargs or {})
-    if request.reasoning_effort is not None:
-        kwargs["reasoning_effort"] = request.reasoning_effort
-    if serving.chat_template is None:
-        reason = "this model has no chat template. Start the server with --chat-template FILE, or use /v1/completions."
-        raise ApiError(ErrorKind.UNSUPPORTED_VALUE, "messages", reason=reason)
-
-    def encode() -> list[int]:
-        return encode_chat(
+    options = ChatOptions(
+        add_generation_prompt=add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+        template_kwargs=template_kwargs(request, serving),
+    )
+    size = sum(len(str(message.get("content"))) for message in messages)
+    ids = await off_loop(
+        size,
+        serving,
+        lambda: encode_chat(
             serving.tokenizer,
             serving.chat_template,
             messages,
-            add_generation_prompt=add_generation_prompt is not False,
-            continue_final_message=bool(request.continue_final_message),
+            options,
             add_special_tokens=bool(request.add_special_tokens),
-            template_kwargs=kwargs,
-        )
-
-    size = sum(len(str(message.get("content"))) for message in messages)
-    ids = await off_loop(size, serving, encode)
+        ),
+    )
     if not ids:
         raise ApiError(ErrorKind.INVALID_PROMPT, "messages")
     return Prompt(tuple(ids))
+
+
+def template_kwargs(request: ChatRequest | TokenizeRequest, serving: Serving) -> dict[str, Any]:
+    """The request's values for the template's variables; `reasoning_effort` is one where the template reads it."""
+    kwargs = dict(request.chat_template_kwargs or {})
+    if request.reasoning_effort is not None:
+        if serving.chat_template is not None and "reasoning_effort" not in serving.chat_template.variables:
+            remedy = " This model's chat template does not read it."
+            raise ApiError(ErrorKind.UNSUPPORTED_PARAMETER, "reasoning_effort", remedy=remedy)
+        kwargs["reasoning_effort"] = request.reasoning_effort
+    return kwargs
 
 
 def checked_messages(messages: list[Message] | None, bound: int) -> list[dict[str, Any]]:
@@ -144,50 +146,17 @@ def checked_messages(messages: list[Message] | None, bound: int) -> list[dict[st
 
 
 def _checked_message(message: Message, at: str) -> dict[str, Any]:
+    """`message` without what is absent; its content and its role are the template layer's to check."""
     for name in ("audio", "function_call", "refusal"):
         if getattr(message, name) is not None:
             raise ApiError(ErrorKind.UNSUPPORTED_PARAMETER, f"{at}.{name}", remedy="")
-    if message.content is UNSET and not message.tool_calls:
-        raise ApiError(ErrorKind.MISSING_PARAMETER, f"{at}.content")
-    if message.content is None and not message.tool_calls:
-        reason = "expected a string or an array of text parts, but got null instead."
-        raise ApiError(ErrorKind.INVALID_VALUE, f"{at}.content", reason=reason)
-    if isinstance(message.content, list):
-        _check_parts(message.content, f"{at}.content")
+    for part in message.content if isinstance(message.content, list) else ():
+        extra = sorted(part.keys() - {"type", "text"}) if isinstance(part, dict) and part.get("type") == "text" else ()
+        if extra:
+            raise ApiError(ErrorKind.UNKNOWN_PARAMETER, name=f"{at}.content.{quote(extra[0])}")
     turn = msgspec.to_builtins(message)
     turn.pop("annotations", None)  # of a reply that comes back: where it cited from, nothing for a template
-    for index, call in enumerate(turn.get("tool_calls") or ()):
-        call["function"]["arguments"] = _arguments(
-            call["function"]["arguments"], f"{at}.tool_calls[{index}].function.arguments"
-        )
     return turn
-
-
-def _check_parts(parts: list[Any], at: str) -> None:
-    """Raises ApiError unless `parts` holds text parts only."""
-    if not parts:
-        raise ApiError(ErrorKind.EMPTY_ARRAY, at)
-    for part in parts:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or not isinstance(part.get("text"), str):
-            reason = (
-                f"content part {quote(kind)} is not supported. Supported values are: 'text', with a string in 'text'."
-            )
-            raise ApiError(ErrorKind.INVALID_VALUE, at, reason=reason)
-        if len(part) > 2:
-            extra = next(name for name in part if name not in ("type", "text"))
-            raise ApiError(ErrorKind.UNKNOWN_PARAMETER, name=f"{at}.{quote(extra)}")
-
-
-def _arguments(spelled: str, at: str) -> dict[str, Any]:
-    """A tool call's arguments as an object, the form that templates read."""
-    try:
-        arguments = msgspec.json.decode(spelled or "{}")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        arguments = None
-    if not isinstance(arguments, dict):
-        raise ApiError(ErrorKind.INVALID_VALUE, at, reason="expected a JSON object in a string.")
-    return arguments
 
 
 async def off_loop(size: int, serving: Serving, work: Callable[[], T]) -> T:

@@ -52,16 +52,16 @@ class CompletionChoice(Struct):
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
 
 
-class Completion(Struct):
+class Completion(Struct, kw_only=True):
     """The answer of /v1/completions, and a chunk of it."""
 
     id: str
+    object: str = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]
     system_fingerprint: str
     usage: Usage | UnsetType = UNSET
-    object: str = "text_completion"
 
 
 class TopLogprob(Struct):
@@ -84,8 +84,8 @@ class ChatLogprobs(Struct):
 
 
 class ChatMessage(Struct):
+    role: str
     content: str
-    role: str = "assistant"
 
 
 class ChatChoice(Struct):
@@ -97,10 +97,11 @@ class ChatChoice(Struct):
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatCompletion(Struct):
+class ChatCompletion(Struct, kw_only=True):
     """The answer of /v1/chat/completions."""
 
     id: str
+    object: str = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
@@ -108,12 +109,11 @@ class ChatCompletion(Struct):
     system_fingerprint: str
     prompt_token_ids: list[int] | UnsetType = UNSET
     prompt_logprobs: PromptLogprobs | UnsetType = UNSET
-    object: str = "chat.completion"
 
 
-class ChatDelta(Struct):
-    content: str
+class ChatDelta(Struct, kw_only=True):
     role: str | UnsetType = UNSET
+    content: str
 
 
 class ChatChunkChoice(Struct):
@@ -121,27 +121,27 @@ class ChatChunkChoice(Struct):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
-    stop_reason: int | str | None | UnsetType = UNSET
+    stop_reason: int | str | UnsetType | None = UNSET
     token_ids: list[int] | UnsetType = UNSET
 
 
-class ChatChunk(Struct):
+class ChatChunk(Struct, kw_only=True):
     """One event of a streamed chat answer."""
 
     id: str
+    object: str = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChatChunkChoice]
     system_fingerprint: str
     usage: Usage | UnsetType = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
-    object: str = "chat.completion.chunk"
 
 
-class ModelPermission(Struct):
+class ModelPermission(Struct, kw_only=True):
     id: str
-    created: int
     object: str = "model_permission"
+    created: int
     allow_create_engine: bool = False
     allow_sampling: bool = True
     allow_logprobs: bool = True
@@ -153,22 +153,22 @@ class ModelPermission(Struct):
     is_blocking: bool = False
 
 
-class ModelCard(Struct):
+class ModelCard(Struct, kw_only=True):
     """One entry of /v1/models."""
 
     id: str
+    object: str = "model"
     created: int
     root: str
     max_model_len: int
     permission: list[ModelPermission]
-    object: str = "model"
     owned_by: str = "jaxserve"
     parent: str | None = None
 
 
-class ModelList(Struct):
-    data: list[ModelCard]
+class ModelList(Struct, kw_only=True):
     object: str = "list"
+    data: list[ModelCard]
 
 
 class Tokenized(Struct):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-from jaxserve.text.assembler import resolve_bad_words
+from jaxserve.text.bad_words import resolve_bad_words
 from jaxserve.types import MAX_LOGPROBS, MAX_STOP_STRING_CHARS, SamplingParams
 from jaxserve_server.errors import ApiError, ErrorKind, quote
 from jaxserve_server.schemas import ChatRequest, CompletionRequest, GenerationRequest
@@ -193,6 +193,9 @@ def _params(request: GenerationRequest, serving: Serving, **fixed: Any) -> Sampl
     """Raises ParameterError for what SamplingParams refuses."""
     given = {name: value for name in SIMPLE_FIELDS if (value := getattr(request, name)) is not None}
     defaults = {name: value for name, value in serving.default_sampling.items() if name in SIMPLE_FIELDS}
-    biases = logit_bias(request.logit_bias, serving.model_config.vocab_size)
-    params = SamplingParams(**{**defaults, **given}, logit_bias=biases, **fixed)
-    return resolve_bad_words(serving.tokenizer, params) if params.bad_words else params
+    return SamplingParams(
+        **{**defaults, **given},
+        **fixed,
+        logit_bias=logit_bias(request.logit_bias, serving.model_config.vocab_size),
+        bad_words_token_ids=resolve_bad_words(serving.tokenizer, request.bad_words or ()),
+    )

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
-ROLES: Final = ("system", "developer", "user", "assistant", "tool", "function")
-Role = Literal["system", "developer", "user", "assistant", "tool", "function"]
+Role = Literal["system", "developer", "user", "assistant", "tool"]
 FunctionName = Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -80,7 +79,7 @@ class Message(Request, omit_defaults=True):
     """One turn of a conversation, as clients send it and as SDKs send back what they received."""
 
     role: Role
-    content: str | list[Any] | None | UnsetType = UNSET
+    content: str | list[Any] | None = None
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None

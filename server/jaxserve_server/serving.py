@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,15 +23,15 @@ class AsyncEngineLike(Protocol):
 
     def generate(
         self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
-    ) -> AsyncIterator[Delta]:
-        """Yields the request's deltas; closing the iterator aborts the request and frees its blocks.
+    ) -> AsyncGenerator[Delta, None]:
+        """Yields the request's deltas; closing it aborts the request and frees its blocks.
 
         Raises:
             RequestError, UnavailableError: from the first `anext`, before any delta.
         """
         ...
 
-    def abort(self, request_id: str) -> None: ...
+    async def abort(self, request_id: str) -> None: ...
 
     def stats(self) -> EngineStats: ...
 

@@ -31,10 +31,6 @@ class ManagedEngine(AsyncEngineLike, Protocol):
     @property
     def metrics(self) -> EngineMetrics: ...
 
-    async def drain(self, timeout_s: float) -> None:
-        """Takes no new requests and returns when the running ones have ended, after `timeout_s` at most."""
-        ...
-
     def shutdown(self) -> None:
         """Stops the step loop and frees the device. Blocks until done."""
         ...

@@ -42,9 +42,7 @@ def test_every_family_has_a_golden(tiny: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "long"])
-def test_weights_are_the_ones_the_golden_is_of(
-    family: str, tiny_folder: Callable[[str], Path], golden: Golden
-) -> None:
+def test_weights_are_the_ones_the_golden_is_of(family: str, tiny_folder: Callable[[str], Path], golden: Golden) -> None:
     digest = hashlib.sha256()
     for path in sorted(tiny_folder(family).glob("*.safetensors")):
         digest.update(path.read_bytes())

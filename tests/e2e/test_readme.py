@@ -74,3 +74,19 @@ def test_every_path_in_it_exists(repo: Path):
     linked = re.findall(r"\]\(([^)#:]+)\)", text)
     assert linked
     assert not [name for name in linked if not (repo / name).exists()]
+
+
+def test_the_tree_in_it_is_the_tree(blocks: list[tuple[str, str]], repo: Path):
+    """Every folder and file that the tree names exists, and nothing at top level is left out."""
+    named, parent = [], ""
+    for line in the_block(blocks, "text", "jaxserve/").splitlines():
+        first = line.split()[0]
+        parent = parent if line.startswith(" ") else first
+        siblings = re.findall(r"(\w+\.py)\b", line)[first.endswith(".py") :]
+        folder = first.rpartition("/")[0]
+        named.append(parent + first if line.startswith(" ") else first)
+        named += [f"{parent}{folder}/{name}" if line.startswith(" ") else f"{first}{name}" for name in siblings]
+    missing = [name for name in named if not (repo / name).exists()]
+    assert not missing
+    top = {path.name for path in repo.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert top - {"dist", "build"} <= {name.partition("/")[0] for name in named} | {"__pycache__"}

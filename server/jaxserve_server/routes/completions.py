@@ -39,7 +39,13 @@ class _Call:
         return bool(self.request.echo) and self.request.max_tokens == 0
 
     def answer(self, choices: list[CompletionChoice]) -> Completion:
-        return Completion(self.id, self.created, self.serving.model_name, choices, self.serving.system_fingerprint)
+        return Completion(
+            id=self.id,
+            created=self.created,
+            model=self.serving.model_name,
+            choices=choices,
+            system_fingerprint=self.serving.system_fingerprint,
+        )
 
 
 async def completions(request: Request, serving: Serving) -> Response:
@@ -59,15 +65,11 @@ async def completions(request: Request, serving: Serving) -> Response:
 
 
 def _job(index: int, prompt: Prompt, request: CompletionRequest, serving: Serving) -> Job:
-    asked = request.max_tokens
-    if asked is None and (default := serving.default_sampling.get("max_tokens")):
-        asked = None
-        wanted = int(default)
-    else:
-        wanted = DEFAULT_COMPLETION_TOKENS if asked is None else asked
-    prompt = fit(prompt, request, serving, asked, what="prompt")
-    room = serving.max_model_len - len(prompt.token_ids)
-    return Job(index, prompt, completion_params(request, serving, max_tokens=max(1, min(wanted, room))))
+    """The engine's request; a default that does not fit the context is shortened, a bound that was asked is not."""
+    prompt = fit(prompt, request, serving, request.max_tokens, what="prompt")
+    wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else max(1, request.max_tokens)
+    room = max(1, serving.max_model_len - len(prompt.token_ids))
+    return Job(index, prompt, completion_params(request, serving, max_tokens=min(wanted, room)))
 
 
 def _style(request: CompletionRequest) -> Style:
@@ -106,7 +108,7 @@ async def _gains(call: _Call, choices: list[Choice]) -> AsyncGenerator[Choice, N
                     break
 
 
-_NOTHING = TextDelta(finish_reason="length")  # what a prompt of which only the echo is wanted generates
+_NOTHING = TextDelta("", finish_reason="length")  # what a prompt of which only the echo is wanted generates
 
 
 async def _run(call: _Call) -> AsyncGenerator[Gain, None]:

@@ -110,9 +110,7 @@ class Simulation:
     def __init__(self, scheduler: Scheduler, depth: int = 1, check: bool = True):
         limits = scheduler.limits
         self.scheduler, self.depth, self.check = scheduler, depth, check
-        self.device = EchoDevice(
-            limits.num_blocks, limits.block_size, limits.max_num_seqs, limits.max_blocks_per_row
-        )
+        self.device = EchoDevice(limits.num_blocks, limits.block_size, limits.max_num_seqs, limits.max_blocks_per_row)
         self.undigested: deque[tuple[StepPlan, np.ndarray]] = deque()
         self.requests: dict[str, Request] = {}
         self.results: dict[str, Result] = {}
@@ -205,7 +203,9 @@ class Simulation:
             elif result.reason == "error":
                 assert result.token_ids == tokens[: len(result.token_ids)], request_id
             else:
-                assert (result.token_ids, result.reason, result.stop_reason) == (tokens, reason, stop_reason), request_id
+                assert (result.token_ids, result.reason, result.stop_reason) == (tokens, reason, stop_reason), (
+                    request_id
+                )
 
     def _check(self) -> None:
         if self.check:

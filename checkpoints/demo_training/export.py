@@ -1,0 +1,77 @@
+"""Writes a demo model as the Hugging Face folder that is shipped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer
+
+from demo_training.tokenizer import save_tokenizer
+from jaxserve.config import ModelConfig
+from jaxserve.models.decoder import Params
+
+
+def hf_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
+    """float32 tensors under Hugging Face names, matrices as [out, in], queries in head order k * G + g."""
+    groups, hidden = config.num_groups, config.hidden_size
+    tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
+    for index, layer in enumerate(params["layers"]):
+        qkv = np.asarray(layer["qkv"])  # [D, K, G + 2, H]
+        parts = {
+            "self_attn.q_proj": qkv[:, :, :groups],
+            "self_attn.k_proj": qkv[:, :, groups],
+            "self_attn.v_proj": qkv[:, :, groups + 1],
+            "mlp.gate_proj": layer["gate_up"][:, 0],
+            "mlp.up_proj": layer["gate_up"][:, 1],
+        }
+        named = {name: np.asarray(part).reshape(hidden, -1).T for name, part in parts.items()}
+        named["self_attn.o_proj"] = np.asarray(layer["o"]).reshape(-1, hidden).T
+        named["mlp.down_proj"] = np.asarray(layer["down"]).T
+        named["input_layernorm"] = layer["attn_norm"]
+        named["post_attention_layernorm"] = layer["mlp_norm"]
+        tensors |= {f"model.layers.{index}.{name}.weight": array for name, array in named.items()}
+    return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+
+
+def hf_config(config: ModelConfig) -> dict[str, object]:
+    return {
+        "architectures": [config.architecture],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope.theta,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "torch_dtype": "bfloat16",
+    }
+
+
+def write_folder(folder: Path, params: Params, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """config.json, model.safetensors (bfloat16), the tokenizer's files and generation_config.json."""
+    save_tokenizer(tokenizer, folder, config.max_position)
+    tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in hf_tensors(params, config).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "config.json", hf_config(config))
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
+    sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+    _write_json(folder / "generation_config.json", ends | sampling)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
