@@ -195,7 +195,8 @@ def family_golden(folder: Path) -> dict[str, Any]:
     drawn = [draw_prompt(model, length, draws) for length in PROMPT_LENS]
     prompts, greedy, margins = zip(*drawn, strict=True)
     logits = torch.cat([logits_of(model, prompt) for prompt in prompts]).numpy()
-    print(f"  logits {logits.std():.2f} wide, margin {min(margins):.3f}, {len(set(sum(greedy, [])))} distinct tokens")
+    distinct = {token for tokens in greedy for token in tokens}
+    print(f"  logits {logits.std():.2f} wide, margin {min(margins):.3f}, {len(distinct)} distinct tokens")
     return {
         "prompts": np.concatenate(prompts).astype(np.int32),
         "prompt_lens": np.array(PROMPT_LENS, np.int32),

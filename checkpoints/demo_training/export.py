@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer
 
 from demo_training.tokenizer import save_tokenizer
@@ -35,6 +35,33 @@ def hf_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
         named["post_attention_layernorm"] = layer["mlp_norm"]
         tensors |= {f"model.layers.{index}.{name}.weight": array for name, array in named.items()}
     return {name: np.ascontiguousarray(array, dtype=np.float32) for name, array in tensors.items()}
+
+
+def read_params(folder: Path, config: ModelConfig) -> Params:
+    """The float32 parameter tree of a folder that `write_folder` wrote."""
+    found = {name: array.astype(np.float32) for name, array in load_file(folder / "model.safetensors").items()}
+    return {
+        "embed": found["model.embed_tokens.weight"],
+        "layers": tuple(_read_layer(found, f"model.layers.{index}", config) for index in range(config.num_layers)),
+        "final_norm": found["model.norm.weight"],
+    }
+
+
+def _read_layer(found: dict[str, np.ndarray], prefix: str, config: ModelConfig) -> dict[str, np.ndarray]:
+    kv_heads, head_dim, hidden = config.num_kv_heads, config.head_dim, config.hidden_size
+
+    def matrix(name: str) -> np.ndarray:
+        return found[f"{prefix}.{name}.weight"].T
+
+    heads = [matrix(f"self_attn.{name}_proj").reshape(hidden, kv_heads, -1, head_dim) for name in "qkv"]
+    return {
+        "attn_norm": found[f"{prefix}.input_layernorm.weight"],
+        "qkv": np.concatenate(heads, axis=2),
+        "o": matrix("self_attn.o_proj").reshape(kv_heads, config.num_groups, head_dim, hidden),
+        "mlp_norm": found[f"{prefix}.post_attention_layernorm.weight"],
+        "gate_up": np.stack([matrix("mlp.gate_proj"), matrix("mlp.up_proj")], axis=1),
+        "down": matrix("mlp.down_proj"),
+    }
 
 
 def hf_config(config: ModelConfig) -> dict[str, object]:

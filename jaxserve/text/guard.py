@@ -223,7 +223,7 @@ class GuardedText(str):
         return self._change(str.upper)
 
     def capitalize(self) -> GuardedText:
-        return self[:1].upper() + self[1:].lower()
+        return self[:1]._change(str.capitalize) + self[1:].lower()
 
     def removeprefix(self, prefix: str) -> GuardedText:
         return self[len(prefix) :] if self.startswith(prefix) else self

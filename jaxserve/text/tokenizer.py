@@ -189,14 +189,13 @@ class _SealedBackend:
         for token_id, spelling in spelling_of.items():
             clone_id = self._backend.token_to_id(spelling)
             assert clone_id is not None, "it was added above"
-            if clone_id == token_id:
-                continue
             if spelling != added[token_id].content and backend.model.id_to_token(clone_id) is not None:
                 raise UnsupportedModelError(
                     f"The tokenizer's vocabulary has gaps: id {clone_id} lies past its {backend.get_vocab_size(False)} "
                     "entries, and yet it is one of them. Number its ids without gaps."
                 )
-            true_ids[clone_id] = [token_id]
+            if clone_id != token_id:
+                true_ids[clone_id] = [token_id]
         return true_ids
 
 

@@ -160,6 +160,7 @@ class Supervisor:
             stopped.cancel()
             self._server.should_exit = True
             await serving
+            self._abort_connections()
             await self._stop_engine()
 
     def _load_in_thread(self) -> None:
@@ -220,10 +221,14 @@ class Supervisor:
             await asyncio.wait({idle}, timeout=FLUSH_S)
         if force.done():
             self._server.force_exit = True
-            for connection in list(self._server.server_state.connections):
-                connection.transport.abort()  # pyright: ignore[reportAttributeAccessIssue]
+            self._abort_connections()
         idle.cancel()
         force.cancel()
+
+    def _abort_connections(self) -> None:
+        """Drops the connections of clients that do not take what was sent to them."""
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()  # pyright: ignore[reportAttributeAccessIssue]
 
     async def _stop_engine(self) -> None:
         if self._loading.done() and self._loading.exception() is None:

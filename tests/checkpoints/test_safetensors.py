@@ -163,19 +163,19 @@ def test_a_missing_shard_is_named(sharded: Path) -> None:
 def test_an_index_cannot_point_out_of_its_folder(name: str, sharded: Path) -> None:
     (sharded.parent / "secret.safetensors").write_bytes(b"")
     edit_index(sharded, lambda weight_map: weight_map.update({"model.norm.weight": name}))
-    with pytest.raises(WeightsError, match="only \\*.safetensors beside the index are read"):
+    with pytest.raises(WeightsError, match=r"only \*.safetensors beside the index are read"):
         read_folder(sharded)
 
 
 def test_a_tensor_in_another_shard_than_the_index_says_is_refused(sharded: Path) -> None:
     edit_index(sharded, lambda m: m.update({"model.norm.weight": "model-00001-of-00002.safetensors"}))
-    with pytest.raises(WeightsError, match="holds 'model.norm.weight', which .* places in 'model-00001"):
+    with pytest.raises(WeightsError, match=r"holds 'model.norm.weight', which .* places in 'model-00001"):
         read_folder(sharded)
 
 
 def test_a_tensor_that_no_shard_holds_is_refused(sharded: Path) -> None:
     edit_index(sharded, lambda m: m.update({"model.ghost.weight": "model-00001-of-00002.safetensors"}))
-    with pytest.raises(WeightsError, match="places 'model.ghost.weight' in model-00001.* does not hold it"):
+    with pytest.raises(WeightsError, match=r"places 'model.ghost.weight' in model-00001.* does not hold it"):
         read_folder(sharded)
 
 

@@ -89,7 +89,7 @@ def test_what_is_neither_folder_nor_hub_name(
     name: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="does not exist. Give a model's folder, a Hugging Face name"):
+    with pytest.raises(CheckpointError, match=r"does not exist. Give a model's folder, a Hugging Face name"):
         resolve(name)
     assert not hub
 
