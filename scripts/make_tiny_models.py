@@ -102,9 +102,9 @@ FAMILIES: Mapping[str, Config] = {
     "rope_yarn_factor": _LLAMA
     | {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 0.8, "finetuned": True}}
     | {"original_max_position_embeddings": 32, "max_position_embeddings": 128},
-    # Small enough to be run over its whole context of 131,072 tokens.
+    # Small enough to be run over its whole context of 131,072 tokens: 1.7e10 scores.
     "long": _LLAMA
-    | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 1, "head_dim": 16}
     | {"num_key_value_heads": 1, "rope_theta": 500000.0, "max_position_embeddings": 131072}
     | {"rope_scaling": _LLAMA3_ROPE | {"original_max_position_embeddings": 8192}},
 }

@@ -99,10 +99,14 @@ def prose(rng: Random) -> str:
     if draw < 0.55:
         return rng.choice(sources.titled("essays.txt")).pieces[0]
     if draw < 0.85:
-        found = rng.choices(sources.topics("topics_general.txt") + sources.topics("topics_jaxserve.txt"), k=rng.randint(1, 3))
+        found = rng.choices(
+            sources.topics("topics_general.txt") + sources.topics("topics_jaxserve.txt"), k=rng.randint(1, 3)
+        )
         return "\n\n".join(f"{item.sentence} {item.rest}" for item in found)
     if draw < 0.92:
         return "\n".join(capital(line) for line in rng.choice(sources.titled("poems.txt", "/")).pieces)
-    tables = [table for table in sources.relations() if table.name in ("capital", "opposite", "colour", "sound", "language")]
+    tables = [
+        table for table in sources.relations() if table.name in ("capital", "opposite", "colour", "sound", "language")
+    ]
     table = rng.choice(tables)
     return " ".join(facts.fill(table.answers[0], *pair) for pair in rng.sample(table.pairs, min(4, len(table.pairs))))

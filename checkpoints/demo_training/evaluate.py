@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from demo_training.corpus import Split
-from demo_training.model import batch_logits, token_losses
+from demo_training.model import predictions, token_losses
 from demo_training.packing import Batch, batches
 from demo_training.tokenizer import Renderer
 from jaxserve.config import ModelConfig
@@ -20,22 +20,24 @@ from jaxserve.models.decoder import Params
 NUM_BATCHES, ROWS, LENGTH = 8, 16, 256
 UNSEEN_SEED = 1_000_003  # training uses small seeds, so these documents are freshly drawn
 
-_losses = partial(jax.jit, static_argnames="config")(token_losses)
+losses = partial(jax.jit, static_argnames="config")(token_losses)
 
 
-def _batches(tokenizer: Tokenizer, split: Split, seed: int) -> list[Batch]:
-    return list(islice(batches(Renderer(tokenizer), seed, split, ROWS, LENGTH), NUM_BATCHES))
+def _batches(tokenizer: Tokenizer, split: Split, seed: int, number: int) -> list[Batch]:
+    return list(islice(batches(Renderer(tokenizer), seed, split, ROWS, LENGTH), number))
 
 
-def mean_losses(params: Params, config: ModelConfig, tokenizer: Tokenizer, seed: int) -> dict[str, float]:
+def mean_losses(
+    params: Params, config: ModelConfig, tokenizer: Tokenizer, seed: int, num_batches: int = NUM_BATCHES
+) -> dict[str, float]:
     """Cross-entropy in nats per token of answers and plain text, on fresh documents of both splits."""
     found = {}
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:
         total = count = 0.0
-        for batch in _batches(tokenizer, split, seed + UNSEEN_SEED):
+        for batch in _batches(tokenizer, split, seed + UNSEEN_SEED, num_batches):
             answers = batch.weights.reshape(-1) == 1.0
-            total += float(np.sum(np.asarray(_losses(params, batch, config))[answers]))
+            total += float(np.sum(np.asarray(losses(params, batch, config))[answers]))
             count += float(np.sum(answers))
         found[f"{split}_loss"] = total / count
     return found
@@ -43,15 +45,19 @@ def mean_losses(params: Params, config: ModelConfig, tokenizer: Tokenizer, seed:
 
 @partial(jax.jit, static_argnames="config")
 def _choices(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
-    return jnp.argmax(batch_logits(params, batch.tokens[:, :-1], batch.segments, batch.positions, config), axis=-1)
+    return jnp.argmax(predictions(params, batch, config), axis=-1)
 
 
 def agreement(
-    chat: tuple[Params, ModelConfig], draft: tuple[Params, ModelConfig], tokenizer: Tokenizer, seed: int = 0
+    chat: tuple[Params, ModelConfig],
+    draft: tuple[Params, ModelConfig],
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    num_batches: int = NUM_BATCHES,
 ) -> float:
     """Share of the answers' positions in validation where both models would choose the same token."""
     same = count = 0
-    for batch in _batches(tokenizer, "validation", seed + UNSEEN_SEED):
+    for batch in _batches(tokenizer, "validation", seed + UNSEEN_SEED, num_batches):
         answers = batch.weights.reshape(-1) == 1.0
         equal = np.asarray(_choices(*_with(chat, batch))) == np.asarray(_choices(*_with(draft, batch)))
         same, count = same + int(np.sum(equal[answers])), count + int(np.sum(answers))

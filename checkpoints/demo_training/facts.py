@@ -23,7 +23,15 @@ _ASK_SHORT = (
     "In one sentence, what {is} {x}?", "What {is} {x} in short?", "Explain {x} in one sentence",
     "Briefly, what {is} {x}?", "Give me a short definition of {x}", "Explain {x} briefly",
 )  # fmt: skip
-_MORE = ("Tell me more", "More", "Can you tell me more?", "And what else?", "Go on", "Please go on", "Tell me more about it")
+_MORE = (
+    "Tell me more",
+    "More",
+    "Can you tell me more?",
+    "And what else?",
+    "Go on",
+    "Please go on",
+    "Tell me more about it",
+)
 _OPENINGS = ("Sure! ", "Of course. ")
 _REFUSALS = (
     "I am a very small model, and I do not know that.",
@@ -38,8 +46,8 @@ _FAR_COUNTRIES = (
     "Nepal", "Mongolia", "Ghana", "Bolivia", "Laos", "Sri Lanka", "Tunisia", "Uganda", "Albania", "Estonia", "Malta",
     "Panama", "Haiti", "Qatar", "Oman", "Zambia", "Angola", "Fiji", "Nauru", "Texas", "Atlantis", "Bavaria", "Togo",
 )  # fmt: skip
-_ASK_NUMBER = ("three", "three", "three", "two", "four", "five")
-_COUNTS = {"two": 2, "three": 3, "four": 4, "five": 5}
+_COUNTS = (2, 3, 3, 3, 4, 5)
+_NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
 
 def topic(rng: Random, name: str) -> Exchange:
@@ -56,19 +64,20 @@ def topic(rng: Random, name: str) -> Exchange:
         asked, answer = _ASK_SHORT, item.sentence
     form = asked[0] if rng.random() < 0.3 else rng.choice(asked)
     prompt = form.format(x=term.text, X=capital(term.text), **{"is": term.verb})
-    more = (rng.choice(_MORE), item.rest) if answer == item.sentence else None
+    more = ((rng.choice(_MORE), item.rest),) if answer == item.sentence else ()
     if answer == full and rng.random() < 0.05:
         answer = rng.choice(_OPENINGS) + answer
     fixed = form == _ASK[0] and term == item.terms[0]
-    return Exchange(prompt, answer, "topic", item.sentence, (more,) if more else (), fixed)
+    return Exchange(prompt, answer, "topic", item.sentence, more, fixed)
 
 
 def question(rng: Random, name: str) -> Exchange:
     """One of the hand-written questions of `<name>.txt` in one of its wordings."""
     item = rng.choice(sources.questions(f"{name}.txt"))
     asked = rng.choice(item.questions)
-    weights = [4, 2, *([1] * len(item.answers))][: len(item.answers)]
-    answer = rng.choices(item.answers, weights)[0] if len(item.answers) < 5 else rng.choice(item.answers)
+    many = len(item.answers) > 4  # a list of fun facts: each as good as the first
+    weights = [1.0 if many else 0.5**index for index in range(len(item.answers))]
+    answer = rng.choices(item.answers, weights)[0]
     return Exchange(asked, answer, name, item.answers[0], (), asked == item.questions[0])
 
 
@@ -102,14 +111,13 @@ def category(rng: Random) -> Exchange:
     item = rng.choice(sources.categories())
     if rng.random() < 0.2:
         return _one_member(rng, item)
-    number = rng.choice(_ASK_NUMBER)
     form = rng.choice((
         "Name {n} {x}", "Name {n} {x}", "List {n} {x}", "Give me {n} {x}", "Tell me {n} {x}", "Can you name {n} {x}?",
         "Can you list {n} {x}?", "What are {n} {x}?", "I need {n} {x}", "Name some {x}", "List some {x}",
         "What are some {x}?", "Give me a list of {n} {x}", "Do you know {n} {x}?", "Give me some examples of {x}",
     ))  # fmt: skip
-    count = min(_COUNTS[number] if "{n}" in form else 3, len(item.members))
-    number = next(word for word, value in _COUNTS.items() if value == count) if count in (2, 3, 4, 5) else number
+    count = min(rng.choice(_COUNTS) if "{n}" in form else 3, len(item.members))
+    number = _NUMBERS[count]
     members = rng.sample(item.members, count)
     listed = ", ".join(members[:-1]) + " and " + members[-1]
     answer = f"{capital(number)} {item.plural} are {listed}."
@@ -120,8 +128,11 @@ def _one_member(rng: Random, item: sources.Category) -> Exchange:
     member = rng.choice(item.members)
     form = rng.choice(("Name one {x}", "Give me an example of a {x}", "Name a {x}", "Tell me the name of a {x}"))
     prompt = with_article(form.format(x=item.singular))
-    return Exchange(prompt, with_article(f"{capital(member)} is a {item.singular}.") if " " in member or
-                    member[0].isupper() else f"One {item.singular} is {member}.", "category", f"{capital(member)}.")  # fmt: skip
+    if " " in member or member[0].isupper():
+        answer = with_article(f"{capital(member)} is a {item.singular}.")
+    else:
+        answer = f"One {item.singular} is {member}."
+    return Exchange(prompt, answer, "category", f"{capital(member)}.")
 
 
 def howto(rng: Random) -> Exchange:
@@ -131,10 +142,15 @@ def howto(rng: Random) -> Exchange:
     forms = (
         f"How do I {task}?", f"How do I {task}?", f"How can I {task}?", f"How to {task}?", f"Tell me how to {task}",
         f"Can you tell me how to {task}?", f"Explain how to {task}", f"I want to {task}", f"How do you {task}?",
-        f"What do I need to do to {task}?", f"Give me the steps to {task}", f"Help me to {task}", f"How should I {task}?",
+        f"What do I need to do to {task}?", f"Give me the steps to {task}", f"Help me to {task}",
+        f"How should I {task}?",
     )  # fmt: skip
     if task.startswith(("make", "cook", "bake")):
-        forms += (f"Give me a recipe for {thing}", f"Do you have a recipe for {thing}?", f"How is {thing} made at home?")
+        forms += (
+            f"Give me a recipe for {thing}",
+            f"Do you have a recipe for {thing}?",
+            f"How is {thing} made at home?",
+        )
     steps = "\n".join(f"{number}. {step}" for number, step in enumerate(item.pieces, 1))
     form = rng.choice(forms)
     return Exchange(form, f"Here is how to {_yours(task)}:\n{steps}", "howto", item.pieces[0], (), form == forms[0])
@@ -150,7 +166,8 @@ def essay(rng: Random) -> Exchange:
     subject = rng.choice(item.titles)
     forms = (
         f"Write a text about {subject}", f"Tell me a lot about {subject}", f"Explain {subject} in detail",
-        f"Write a short text about {subject}", f"Write an essay about {subject}", f"Give me a long answer about {subject}",
+        f"Write a short text about {subject}", f"Write an essay about {subject}",
+        f"Give me a long answer about {subject}",
         f"Tell me everything about {subject}", f"Write something about {subject}", f"Write a paragraph about {subject}",
     )  # fmt: skip
     form = rng.choice(forms)
@@ -160,12 +177,16 @@ def essay(rng: Random) -> Exchange:
 def joke(rng: Random) -> Exchange:
     form = rng.choice((
         "Tell me a joke", "Tell a joke", "Do you know a joke?", "Can you tell me a joke?", "Make me laugh",
-        "I want to hear a joke", "Say something funny", "Please tell me something funny", "Joke, please", "A joke please",
-        "Do you know any jokes?", "Tell me another joke", "Give me a joke", "Tell me a funny joke", "Cheer me up",
+        "I want to hear a joke", "Say something funny", "Please tell me something funny", "Joke, please",
+        "A joke please", "Do you know any jokes?", "Tell me another joke", "Give me a joke", "Tell me a funny joke",
+        "Cheer me up",
     ))  # fmt: skip
     first, second = rng.sample(sources.jokes(), 2)
     again = rng.choice(("Another one", "Another joke please", "One more", "Tell me another one", "Again", "More jokes"))
-    laugh = (rng.choice(("Haha", "That is funny", "Very funny", "LOL")), "I am glad that you laughed! Shall I tell another?")
+    laugh = (
+        rng.choice(("Haha", "That is funny", "Very funny", "LOL")),
+        "I am glad that you laughed! Shall I tell another?",
+    )
     follow = (again, second) if rng.random() < 0.7 else laugh
     return Exchange(form, first, "joke", "", (follow,), True)
 
@@ -191,7 +212,9 @@ def unknown(rng: Random) -> Exchange:
         return Exchange(rng.choice(known.questions), rng.choices(_REFUSALS, (6, 2, 1))[0], "unknown", "I do not know.")
     if draw < 0.5:
         country = rng.choice(_FAR_COUNTRIES)
-        form = rng.choice(("What is the capital of {a}?", "Tell me the capital of {a}", "Which city is the capital of {a}?"))
+        form = rng.choice(
+            ("What is the capital of {a}?", "Tell me the capital of {a}", "Which city is the capital of {a}?")
+        )
         return Exchange(form.format(a=country), _REFUSALS[0], "unknown", "I do not know.")
     term = rng.choice(known.terms)
     form = rng.choice(_ASK + _ASK_FULL + _ASK[:1] * 6)

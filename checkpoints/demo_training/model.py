@@ -51,7 +51,9 @@ def num_parameters(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def batch_logits(params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array, config: ModelConfig) -> jax.Array:
+def batch_logits(
+    params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array, config: ModelConfig
+) -> jax.Array:
     """f32[rows * length, vocab]: the rows go through the decoder as one stream, attention stays within segments.
 
     Args:
@@ -72,14 +74,20 @@ def batch_logits(params: Params, tokens: jax.Array, segments: jax.Array, positio
     return logits(params, hidden)
 
 
+def predictions(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
+    """f32[rows * length, vocab]: the logits of each next token."""
+    tokens, segments, positions = (jnp.asarray(part) for part in batch[:3])
+    return batch_logits(params, tokens[:, :-1], segments, positions, config)
+
+
 def token_losses(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     """f32[rows * length]: cross-entropy in nats of each next token."""
-    scores = batch_logits(params, batch.tokens[:, :-1], batch.segments, batch.positions, config)
-    targets = batch.tokens[:, 1:].reshape(-1, 1)
+    scores = predictions(params, batch, config)
+    targets = jnp.asarray(batch.tokens)[:, 1:].reshape(-1, 1)
     return jax.nn.logsumexp(scores, axis=-1) - jnp.take_along_axis(scores, targets, axis=-1)[:, 0]
 
 
 def loss(params: Params, batch: Batch, config: ModelConfig) -> jax.Array:
     """Weighted mean cross-entropy of a batch."""
-    weights = batch.weights.reshape(-1)
+    weights = jnp.asarray(batch.weights).reshape(-1)
     return jnp.sum(token_losses(params, batch, config) * weights) / jnp.sum(weights)

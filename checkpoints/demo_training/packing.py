@@ -56,7 +56,10 @@ def _longest_fit(lengths: list[int], room: int) -> int | None:
 def _empty(rows: int, length: int) -> Batch:
     shape = (rows, length)
     return Batch(
-        np.zeros((rows, length + 1), np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+        np.zeros((rows, length + 1), np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.int32),
+        np.zeros(shape, np.float32),
     )
 
 

@@ -9,8 +9,30 @@ from random import Random
 
 HELD_OUT_SHARE = 1 / 16
 _POLITE = re.compile(r"^(hi|hello|hey|please|okay|so|quick question|i have a question|one more question) ")
-_IMPERATIVE = ("Tell", "Explain", "Write", "Name", "Give", "Say", "Describe", "List", "Teach", "Repeat", "Count", "Spell")
-_PREFIXES = ("Hi! ", "Hello! ", "Hey, ", "Okay, ", "So, ", "Quick question: ", "I have a question: ", "One more question: ")
+_IMPERATIVE = (
+    "Tell",
+    "Explain",
+    "Write",
+    "Name",
+    "Give",
+    "Say",
+    "Describe",
+    "List",
+    "Teach",
+    "Repeat",
+    "Count",
+    "Spell",
+)
+_PREFIXES = (
+    "Hi! ",
+    "Hello! ",
+    "Hey, ",
+    "Okay, ",
+    "So, ",
+    "Quick question: ",
+    "I have a question: ",
+    "One more question: ",
+)
 
 
 @dataclass(frozen=True, slots=True)

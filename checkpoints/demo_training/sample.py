@@ -20,7 +20,8 @@ from demo_training.generate import answer, greedy
 from demo_training.model import CHAT, DRAFT
 
 QUESTIONS = (
-    "Hello!", "Who are you?", "What is a block table?", "Explain continuous batching to me.", "what is speculative decoding",
+    "Hello!", "Who are you?", "What is a block table?", "Explain continuous batching to me.",
+    "what is speculative decoding",
     "What is the capital of France?", "What is 7 + 5?", "Tell me a joke.", "Tell me a story about a fox.",
     "Write a poem about the moon.", "Name three fruits.", "Why is the sky blue?", "What is the opposite of hot?",
     "How do I make tea?", "Who was Napoleon?", "Spell the word tree.", "Repeat after me: the stars are far away",

@@ -35,7 +35,10 @@ def arithmetic(rng: Random) -> Exchange:
         result = a + b if sign == "+" else a - b
     word = {"+": "plus", "-": "minus", "*": "times"}[sign]
     if rng.random() < 0.25:
-        expression, answer = f"{_NUMBERS[a]} {word} {_NUMBERS[b]}", f"{_words(a)} {word} {_words(b)} is {_words(result)}."
+        expression, answer = (
+            f"{_NUMBERS[a]} {word} {_NUMBERS[b]}",
+            f"{_words(a)} {word} {_words(b)} is {_words(result)}.",
+        )
         brief = f"{capital(_words(result))}."
     else:
         symbol = "x" if sign == "*" and rng.random() < 0.5 else sign
@@ -95,11 +98,15 @@ def spelling(rng: Random) -> Exchange:
     word = rng.choice(sources.word_lists()["spell"])
     draw = rng.random()
     if draw < 0.5:
-        form = rng.choice(("Spell {w}", "Spell the word {w}", "How do you spell {w}?", "Can you spell {w}?", "How is {w} spelled?"))
+        form = rng.choice(
+            ("Spell {w}", "Spell the word {w}", "How do you spell {w}?", "Can you spell {w}?", "How is {w} spelled?")
+        )
         letters = "-".join(word.upper())
         return Exchange(form.format(w=word), f"{capital(word)} is spelled {letters}.", "spell", f"{letters}.")
     if draw < 0.75:
-        form = rng.choice(("How many letters does {w} have?", "How many letters are in {w}?", "Count the letters in {w}"))
+        form = rng.choice(
+            ("How many letters does {w} have?", "How many letters are in {w}?", "Count the letters in {w}")
+        )
         number = _NUMBERS[len(word)]
         return Exchange(form.format(w=word), f"{capital(word)} has {number} letters.", "spell", f"{capital(number)}.")
     last = rng.random() < 0.3
@@ -112,7 +119,9 @@ def spelling(rng: Random) -> Exchange:
 def rhyme(rng: Random) -> Exchange:
     pair = rng.choice(_RHYMES)
     word, other = pair if rng.random() < 0.5 else pair[::-1]
-    form = rng.choice(("What rhymes with {w}?", "Which word rhymes with {w}?", "Find a rhyme for {w}", "Give me a rhyme for {w}"))
+    form = rng.choice(
+        ("What rhymes with {w}?", "Which word rhymes with {w}?", "Find a rhyme for {w}", "Give me a rhyme for {w}")
+    )
     return Exchange(form.format(w=word), f"{capital(other)} rhymes with {word}.", "rhyme", f"{capital(other)}.")
 
 
@@ -128,7 +137,9 @@ def repeat(rng: Random) -> Exchange:
         phrase = rng.choice(words["phrases"])
     else:
         phrase = " ".join(rng.sample(words["spell"] + words["objects"], rng.randint(2, 5)))
-    form = rng.choice(('Repeat: "{p}"', "Repeat after me: {p}", "Say: {p}", 'Say "{p}"', "Repeat this: {p}", "Please repeat: {p}"))
+    form = rng.choice(
+        ('Repeat: "{p}"', "Repeat after me: {p}", "Say: {p}", 'Say "{p}"', "Repeat this: {p}", "Please repeat: {p}")
+    )
     return Exchange(form.format(p=phrase), capital(phrase) + ".", "repeat")
 
 
@@ -191,7 +202,7 @@ def personal(rng: Random) -> Exchange:
 
 
 SKILLS: tuple[tuple[Callable[[Random], Exchange], float], ...] = (
-    (arithmetic, 5.0),
+    (arithmetic, 7.0),
     (compare_numbers, 0.7),
     (even_or_odd, 0.7),
     (counting, 1.5),

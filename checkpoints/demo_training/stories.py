@@ -119,9 +119,13 @@ def poem(rng: Random) -> Exchange:
     form = rng.choice((
         "Write a poem about {x}", "Write a poem about {x}", "Write a short poem about {x}", "A poem about {x}",
         "Tell me a poem about {x}", "Can you write a poem about {x}?", "Give me a poem about {x}",
-        "I want a poem about {x}", "Please write me a poem about {x}", "Make a poem about {x}", "Make up a rhyme about {x}",
+        "I want a poem about {x}", "Please write me a poem about {x}", "Make a poem about {x}",
+        "Make up a rhyme about {x}",
     )).format(x=subject)  # fmt: skip
     fixed = False
     if draw < 0.15:
-        form, fixed = rng.choice(("Write a poem", "Tell me a poem", "Can you write a poem?", "Write me a short poem")), True
+        form, fixed = (
+            rng.choice(("Write a poem", "Tell me a poem", "Can you write a poem?", "Write me a short poem")),
+            True,
+        )
     return Exchange(with_article(form), with_article("\n".join(capital(line) for line in lines)), "poem", "", (), fixed)

@@ -63,8 +63,8 @@ class Renderer:
         self._tokenizer = tokenizer
         self._template = jinja2.sandbox.ImmutableSandboxedEnvironment().from_string(CHAT_TEMPLATE)
         self._answer_start = tokenizer.encode(f"{IM_START}assistant\n", add_special_tokens=False).ids
-        self._im_end = tokenizer.token_to_id(IM_END)
-        self.eos_ids = (self._im_end, tokenizer.token_to_id(EOS))
+        self._im_end, eos = (tokenizer.encode(end, add_special_tokens=False).ids[0] for end in (IM_END, EOS))
+        self.eos_ids = (self._im_end, eos)
 
     def chat_ids(self, messages: Iterable[dict[str, str]], *, add_generation_prompt: bool = False) -> list[int]:
         text = self._template.render(
@@ -96,12 +96,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes tokenizer.json and tokenizer_config.json as Hugging Face readers expect them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    added = {
-        str(tokenizer.token_to_id(token)): {
-            "content": token, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True
-        }
-        for token in CONTROL
-    }  # fmt: skip
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False) | {"special": True}
+    added = {str(tokenizer.token_to_id(token)): {"content": token, **flags} for token in CONTROL}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,

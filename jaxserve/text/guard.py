@@ -22,7 +22,7 @@ from typing import Any, SupportsIndex
 
 from jaxserve.errors import ParameterError
 
-_PLANE_16 = range(0x100000, 0x10FFFE)  # private use; nothing in practice is written with it
+STAND_INS = range(0x100000, 0x10FFFE)  # private use; nothing in practice is written with it
 
 
 def is_guardable(char: str) -> bool:
@@ -44,7 +44,7 @@ class Guard:
 
     __slots__ = ("_alphabet", "_backward", "_base", "_forward", "mark", "stand_ins")
 
-    def __init__(self, alphabet: Iterable[str], base: int = _PLANE_16.start):
+    def __init__(self, alphabet: Iterable[str], base: int = STAND_INS.start):
         letters = sorted({char for char in alphabet if is_guardable(char)})
         self._alphabet = letters
         self._forward = {ord(letter): chr(base + i) for i, letter in enumerate(letters)}
@@ -61,10 +61,10 @@ class Guard:
         texts = list(texts)
         if not any(self.stand_ins.search(text) for text in texts if not text.isascii()):
             return self
-        used = sorted({ord(char) for char in chain.from_iterable(texts) if ord(char) >= _PLANE_16.start})
+        used = sorted({ord(char) for char in chain.from_iterable(texts) if ord(char) >= STAND_INS.start})
         size = len(self._alphabet) + 1
-        start = _PLANE_16.start
-        for code in [*used, _PLANE_16.stop]:
+        start = STAND_INS.start
+        for code in [*used, STAND_INS.stop]:
             if code - start >= size:
                 return Guard(self._alphabet, start)
             start = code + 1

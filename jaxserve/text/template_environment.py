@@ -10,6 +10,7 @@ strings and powers are bounded here, the output in `chat.py`, and loops by jinja
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from datetime import datetime
 from typing import Any
@@ -21,8 +22,9 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-from jaxserve.text.guard import join_guarded
+from jaxserve.text.guard import STAND_INS, join_guarded
 
+_ESCAPABLE = re.compile(f"[^\x00-\x7f{chr(STAND_INS.start)}-{chr(STAND_INS[-1])}]")
 MAX_PRODUCT = 1_000_000  # items in a repeated string or list, or bits in a power
 
 
@@ -85,8 +87,9 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    """Plain JSON: jinja's own filter escapes HTML. Stand-ins are never escaped: they are to be revealed."""
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _ESCAPABLE.sub(lambda match: json.dumps(match[0])[1:-1], text) if ensure_ascii else text
 
 
 def _bounded_product(left: Any, right: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -32,10 +32,10 @@ class AppSettings:
         root_path: prefix that a proxy in front puts before the paths, or "".
     """
 
-    keys: ApiKeys = ApiKeys(())
+    keys: ApiKeys = field(default_factory=lambda: ApiKeys(()))
     allowed_hosts: tuple[str, ...] | None = LOCAL_NAMES
     root_path: str = ""
-    body_limits: BodyLimits = BodyLimits()
+    body_limits: BodyLimits = field(default_factory=BodyLimits)
     log_requests: bool = True
 
 

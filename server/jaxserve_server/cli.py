@@ -14,6 +14,7 @@ from jaxserve_server.flags import Options, is_loopback, parse_options
 
 if TYPE_CHECKING:
     from jaxserve_server.lifecycle import ServerSettings
+    from jaxserve_server.status import Loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def serve(options: Options) -> int:
     """Loads the model of `options` and serves it."""
     from jaxserve_server.lifecycle import Supervisor
-    from jaxserve_server.loading import load
     from jaxserve_server.routes import api_routes
     from jaxserve_server.startup_log import configure_logging, log_banner
+
+    def load() -> Loaded:
+        from jaxserve_server.loading import load  # 2 s, most of them jax's; the port is open meanwhile
+
+        return load(options)
 
     configure_logging(options.uvicorn_log_level)
     log_banner(options)
     try:
-        return Supervisor(server_settings(options), lambda: load(options), api_routes()).run()
+        return Supervisor(server_settings(options), load, api_routes()).run()
     except JaxserveError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 1

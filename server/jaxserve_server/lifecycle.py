@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 
 import uvicorn
@@ -53,8 +53,8 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    app: AppSettings = AppSettings()
-    connections: ConnectionLimits = ConnectionLimits()
+    app: AppSettings = field(default_factory=AppSettings)
+    connections: ConnectionLimits = field(default_factory=ConnectionLimits)
     shutdown_timeout_s: float = 30.0
     stall_after_s: float | None = None
     uvicorn_log_level: str = "info"
@@ -91,9 +91,12 @@ class Supervisor:
         self._force = asyncio.Event()
         self._loader = threading.Thread(target=self._load_in_thread, name="load-model", daemon=True)
         self._loading: asyncio.Future[Loaded]
+        self._deadlines: list[threading.Timer] = []
 
     def run(self) -> int:
         """Serves until SIGTERM or SIGINT. Returns 0 after a drain, 1 if the model could not be served.
+
+        Ends the process itself if something hangs, or if the model is still being loaded.
 
         Raises:
             ConfigError: the address cannot be listened on.
@@ -107,6 +110,8 @@ class Supervisor:
             finally:
                 for sig, handler in handlers.items():
                     signal.signal(sig, handler)
+                for deadline in self._deadlines:
+                    deadline.cancel()
         if self._loader.is_alive():
             leave_at_once(code)  # a thread inside XLA does not survive the interpreter's end
         return code
@@ -204,14 +209,15 @@ class Supervisor:
         settings, context = self._settings, self._server.config.ssl
         if not settings.refresh_certificates or context is None:
             return None
-        assert settings.ssl_certfile is not None and settings.ssl_keyfile is not None
+        assert settings.ssl_certfile is not None
+        assert settings.ssl_keyfile is not None
         return CertificateWatch(context, settings.ssl_certfile, settings.ssl_keyfile)
 
     async def _drain(self) -> None:
         """New requests get 503; open ones end by themselves, or with an error when the time is over."""
         self._status.phase = Phase.DRAINING
         timeout_s = self._settings.shutdown_timeout_s
-        exit_at_latest(timeout_s + STUCK_EXIT_S)
+        self._exit_at_latest(timeout_s + STUCK_EXIT_S)
         logger.info("draining: %d requests open, up to %g s", len(self._status.open_requests), timeout_s)
         idle = asyncio.create_task(self._status.wait_idle())
         force = asyncio.create_task(self._force.wait())
@@ -238,8 +244,15 @@ class Supervisor:
         if not self._stop.is_set():
             self._loop.call_soon_threadsafe(self._stop.set)
         else:
-            exit_at_latest(FORCED_EXIT_S)
+            self._exit_at_latest(FORCED_EXIT_S)
             self._loop.call_soon_threadsafe(self._force.set)
+
+    def _exit_at_latest(self, seconds: float) -> None:
+        """Ends the process in `seconds` with exit code 1, unless `run` has returned: a stuck device call hangs."""
+        deadline = threading.Timer(seconds, leave_at_once, (1,))
+        deadline.daemon = True
+        deadline.start()
+        self._deadlines.append(deadline)
 
     def _url(self, listener: socket.socket) -> str:
         host, port = listener.getsockname()[:2]
@@ -253,6 +266,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: with the reason and the remedy.
     """
+    listener: socket.socket | None = None
     try:
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = min(infos, key=lambda info: info[0] != socket.AF_INET)
@@ -260,17 +274,12 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as exc:
+        if listener is not None:
+            listener.close()
         raise ConfigError(
             f"Cannot listen on {host}:{port}: {exc.strerror or exc}. Choose another --host or --port."
         ) from None
     return listener
-
-
-def exit_at_latest(seconds: float) -> None:
-    """Ends the process in `seconds` whatever hangs, with exit code 1."""
-    timer = threading.Timer(seconds, leave_at_once, (1,))
-    timer.daemon = True
-    timer.start()
 
 
 def leave_at_once(code: int) -> None:

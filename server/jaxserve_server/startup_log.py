@@ -17,6 +17,7 @@ from jaxserve.types import EngineStats
 from jaxserve_server.flags import Options
 
 GIB = 2**30
+MAX_VALUE_CHARS = 200  # --chat-template may hold a whole template
 logger = logging.getLogger("jaxserve.server")
 
 
@@ -33,11 +34,21 @@ def configure_logging(uvicorn_level: str) -> None:
 
 def log_banner(options: Options) -> None:
     logger.info("jaxserve version %s, model %s", __version__, options.model)
-    logger.info("non-default args: %s", dict(sorted(options.given.items())))
+    shown = {name: value if len(str(value)) <= MAX_VALUE_CHARS else "..." for name, value in options.given.items()}
+    logger.info("non-default args: %s", dict(sorted(shown.items())))
 
 
 def log_weights(num_bytes: int, seconds: float) -> None:
     logger.info("Model loading took %.4f GiB memory and %.2f seconds", num_bytes / GIB, seconds)
+
+
+def log_vocabularies(num_tokenizer_ids: int, num_model_ids: int) -> None:
+    """Warns of token ids that the model does not have: the engine refuses prompts with them."""
+    if num_tokenizer_ids > num_model_ids:
+        logger.warning(
+            "The tokenizer has %d token ids and the model %d: do they belong together?",
+            *(num_tokenizer_ids, num_model_ids),
+        )
 
 
 def log_kv_cache(*, device: str, num_bytes: int, num_tokens: int, max_model_len: int, concurrency: float) -> None:
@@ -49,8 +60,8 @@ def log_kv_cache(*, device: str, num_bytes: int, num_tokens: int, max_model_len:
     )
 
 
-def log_compiled(bucket: str, seconds: float) -> None:
-    logger.info("Compiled %s in %.2f s", bucket, seconds)
+def log_compiled(num_done: int, num_all: int, name: str, seconds: float) -> None:
+    logger.info("Compiling step programs: %d/%d, %s took %.2f s", num_done, num_all, name, seconds)
 
 
 def log_engine_ready(seconds: float) -> None:

@@ -12,26 +12,34 @@ import jax
 import jinja2.sandbox
 import numpy as np
 import pytest
-from demo_training import sources, stories
-from demo_training.corpus import Document, documents
-from demo_training.export import hf_tensors, read_params, write_folder
-from demo_training.model import CHAT, DRAFT, init_params, loss
-from demo_training.optimizer import make_optimizer
-from demo_training.packing import Batch, batches
-from demo_training.phrasing import is_held_out, vary, wording_key
-from demo_training.tokenizer import BOS, CONTROL, EOS, IM_END, Renderer, plain_text, train_tokenizer
-from demo_training.train import train_step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from tokenizers import Tokenizer
 
+from demo_training import sources, stories
+from demo_training.corpus import Document, documents
+from demo_training.evaluate import agreement, losses, mean_losses
+from demo_training.export import hf_tensors, read_params, write_folder
+from demo_training.model import CHAT, DRAFT, init_params
+from demo_training.optimizer import rate
+from demo_training.packing import Batch, batches
+from demo_training.phrasing import is_held_out, vary, wording_key
+from demo_training.tokenizer import BOS, CONTROL, EOS, IM_END, Renderer, plain_text, train_tokenizer
+from demo_training.train import Run
 from jaxserve.config import ModelConfig
 
 DEMO = Path(__file__).resolve().parents[2] / "checkpoints" / "jaxserve_checkpoints" / "demo"
 FOLDERS = (("chat", CHAT), ("draft", DRAFT))
 TOY = dataclasses.replace(
-    DRAFT, vocab_size=400, hidden_size=64, intermediate_size=64, num_layers=1, layer_windows=(), num_heads=2, num_kv_heads=1
+    DRAFT,
+    vocab_size=400,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=1,
+    layer_windows=(),
+    num_heads=2,
+    num_kv_heads=1,
 )
 
 
@@ -149,8 +157,6 @@ def test_packed_rows_hold_whole_documents(tokenizer: Tokenizer) -> None:
 
 
 def test_a_document_does_not_see_its_neighbours(tokenizer: Tokenizer) -> None:
-    from demo_training.model import token_losses
-
     batch = next(batches(Renderer(tokenizer), 0, "train", 1, 256))
     params = init_params(TOY, 0)
     first = batch.segments[0] == 1
@@ -158,26 +164,48 @@ def test_a_document_does_not_see_its_neighbours(tokenizer: Tokenizer) -> None:
     tokens = batch.tokens.copy()
     tokens[0, int(np.sum(first)) + 1 :] = 5
     changed = batch._replace(tokens=tokens)
-    before, after = (np.asarray(token_losses(params, b, TOY)) for b in (batch, changed))
+    before, after = (np.asarray(losses(params, b, TOY)) for b in (batch, changed))
     assert np.array_equal(before[first], after[first])
     second = batch.segments[0] == 2
     alone_start = int(np.argmax(second))
     alone = Batch(*(np.roll(part, -alone_start, axis=1) for part in batch))
-    moved = np.asarray(token_losses(params, alone, TOY))[: int(np.sum(second))]
+    moved = np.asarray(losses(params, alone, TOY))[: int(np.sum(second))]
     np.testing.assert_allclose(moved, before[second], atol=1e-5)
 
 
-def test_twenty_steps_lower_the_loss(tokenizer: Tokenizer) -> None:
-    optimizer = make_optimizer()
-    params = init_params(TOY, 0)
-    state = optimizer.init(params)
+def test_twenty_steps_lower_the_loss_and_a_resumed_run_takes_the_same_step(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    run = Run.start(TOY, tokenizer, seed=0)
     stream = batches(Renderer(tokenizer), 0, "train", 4, 128)
     held = next(stream)
-    before = float(loss(params, held, TOY))
-    for _ in range(20):
-        params, state, _ = train_step(params, state, next(stream), np.float32(1), config=TOY, optimizer=optimizer)
+    before = float(np.sum(losses(run.params, held, TOY) * held.weights.reshape(-1)) / held.weights.sum())
     assert before == pytest.approx(np.log(TOY.vocab_size), abs=0.5)  # an untrained model guesses evenly
-    assert float(loss(params, held, TOY)) < before - 1.0
+    for _ in range(20):
+        run.update(next(stream), 1.0)
+    run.save(tmp_path / "state.npz")
+    assert run.update(held, 1.0) < before - 1.0
+    resumed = Run.start(TOY, tokenizer, seed=1)
+    resumed.resume(tmp_path / "state.npz")
+    assert resumed.step == 20
+    resumed.update(held, 1.0)
+    for expected, found in zip(jax.tree.leaves(run.params), jax.tree.leaves(resumed.params), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(ValueError, match="another model"):
+        Run.start(dataclasses.replace(TOY, vocab_size=500), tokenizer, seed=0).resume(tmp_path / "state.npz")
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    assert rate(0, 0.0) < 0.05
+    assert rate(100, 0.1) == rate(500, 0.55) == 1.0
+    assert 1.0 > rate(600, 0.7) > rate(700, 0.9) > 0.0
+
+
+def test_an_even_guesser_has_the_loss_of_an_even_guess(tokenizer: Tokenizer) -> None:
+    params = jax.tree.map(np.zeros_like, Run.start(TOY, tokenizer, seed=0).params)
+    found = mean_losses(params, TOY, tokenizer, seed=0, num_batches=1)
+    assert found == pytest.approx({"train_loss": np.log(400), "validation_loss": np.log(400)})
+    assert agreement((params, TOY), (params, TOY), tokenizer, num_batches=1) == 1.0
 
 
 def test_export_and_import_are_inverse(tmp_path: Path, tokenizer: Tokenizer) -> None:

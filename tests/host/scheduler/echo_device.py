@@ -19,6 +19,7 @@ from jaxserve.scheduler.sequences import Request
 
 VOCAB_SIZE = 1000
 POISON = 2**31 - 1
+MAX_STEPS = 20_000  # of a simulation: past it, it is a livelock
 
 
 def next_token(token_ids: np.ndarray) -> int:
@@ -117,7 +118,11 @@ class Simulation:
         self.aborted: set[str] = set()
         self.preemptions: dict[str, int] = {}
         self.admitted: list[str] = []
-        self.num_fed = self.num_delivered = 0
+        self.num_steps = self.num_delivered = 0
+
+    @property
+    def has_requests(self) -> bool:
+        return self.scheduler.num_running + self.scheduler.num_waiting > 0
 
     def add(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -137,13 +142,14 @@ class Simulation:
         """plan, commit, dispatch, and digest what is due."""
         scheduler, limits = self.scheduler, self.scheduler.limits
         in_line = scheduler.num_running, scheduler.num_waiting
+        self.num_steps += 1
+        assert self.num_steps <= MAX_STEPS, f"livelock: {in_line} running and waiting after {MAX_STEPS} steps"
         plan = scheduler.plan()
         assert (scheduler.num_running, scheduler.num_waiting) == in_line
         assert plan.num_tokens <= limits.max_num_batched_tokens
         if not self.undigested:
             assert plan.is_empty == (not any(in_line)), "somebody is here and nobody is served"
         scheduler.commit(plan)
-        self.num_fed += plan.num_tokens
         self.admitted += [scheduler.sequences.requests[row].request_id for row in plan.admitted]
         for request_id in plan.preempted:
             self.preemptions[request_id] = self.preemptions.get(request_id, 0) + 1
@@ -180,16 +186,13 @@ class Simulation:
         assert len(events.finished) == np.count_nonzero(events.finish_codes)
         self._check()
 
-    def drain(self, max_steps: int = 100_000) -> None:
+    def drain(self) -> None:
         """Steps until nothing is left, then looks for leaks."""
-        for _ in range(max_steps):
-            if not self.scheduler.has_work:
-                break
+        while self.has_requests:
             self.step()
-            if not (self.scheduler.num_running or self.scheduler.num_waiting):
-                while self.undigested:
-                    self.digest()
-        assert not self.scheduler.has_work, f"not done after {max_steps} steps"
+        while self.undigested:
+            self.digest()
+        assert not self.scheduler.has_work
         assert self.scheduler.num_free_blocks == self.scheduler.limits.num_blocks - 1, "blocks leaked"
 
     def check_outputs(self) -> None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from jaxserve.cache.block_table import BlockTable
 from jaxserve.scheduler import policy
+from jaxserve.scheduler.sequences import SequenceTable
 
 
 def crowd(echo, make_scheduler, make_request, *, num=12, extra_blocks=0, depth=1, **limits):
@@ -23,13 +27,16 @@ def test_the_youngest_gives_way_and_keeps_its_place(make_scheduler, make_request
     for name, num_prompt in (("old", 4), ("young", 8), ("later", 4)):
         scheduler.add(make_request(name, num_prompt, 24))
     plans = []
-    while not scheduler.num_preemptions:
+    for _ in range(40):
+        if scheduler.num_preemptions:
+            break
         plans.append(scheduler.plan())
         scheduler.commit(plans[-1])
         scheduler.digest(plans[-1], np.full(len(plans[-1].sampled_rows), 500, np.int32))
-    # After 12 steps old has 16 computed tokens in 4 blocks and young 20 in 5: one is missing when both open one.
-    # old opens its 5th block at position 16, young its 5th at 16 four steps before: 4 + 4 are all there are.
+    # Step n decodes old at position 3 + n and young at 7 + n, so both open a block in steps 1, 5 and 9; in step 5
+    # old then has 3 blocks and young 4; in step 9 they want 4 + 5, of 8.
     plan = plans[-1]
+    assert plan.step == 9
     assert plan.preempted == ("young",)
     assert plan.decode_rows.tolist() == [0]
     assert plan.admitted == ()
@@ -54,7 +61,7 @@ def test_preempted_requests_give_the_same_output(
 def test_preemptions_a_request_are_bounded_and_the_bound_is_met(echo, make_scheduler, make_request) -> None:
     sim = crowd(echo, make_scheduler, make_request, num=24)
     protected_seen = False
-    while sim.scheduler.num_running or sim.scheduler.num_waiting:
+    while sim.has_requests:
         protected = policy.is_protected(sim.scheduler.sequences)
         protected_seen |= bool(protected.any())
         rows = {sim.scheduler.sequences.requests[row].request_id for row in np.flatnonzero(protected)}
@@ -91,7 +98,7 @@ def test_protected_sequences_enter_only_where_they_can_stay(make_scheduler, make
 def test_the_oldest_never_gives_way(echo, make_scheduler, make_request, monkeypatch) -> None:
     monkeypatch.setattr(policy, "MAX_PREEMPTIONS", 10**6)  # nobody is protected: age alone decides
     sim = crowd(echo, make_scheduler, make_request, num=16)
-    while sim.scheduler.num_running or sim.scheduler.num_waiting:
+    while sim.has_requests:
         running = sim.scheduler.sequences.requests[sim.scheduler.sequences.active]
         ages = {request.request_id: request.arrival for request in running}
         plan = sim.step()
@@ -105,7 +112,7 @@ def test_the_oldest_never_gives_way(echo, make_scheduler, make_request, monkeypa
 
 def test_no_more_give_way_than_must(echo, make_scheduler, make_request) -> None:
     sim = crowd(echo, make_scheduler, make_request, extra_blocks=10)
-    while sim.scheduler.num_running or sim.scheduler.num_waiting:
+    while sim.has_requests:
         scheduler = sim.scheduler
         free, blocks = (
             scheduler.num_free_blocks,
@@ -125,11 +132,47 @@ def test_no_more_give_way_than_must(echo, make_scheduler, make_request) -> None:
     sim.drain()
 
 
+@given(
+    blocks=st.lists(st.integers(1, 5), min_size=1, max_size=8),
+    needy=st.lists(st.booleans(), min_size=8, max_size=8),
+    order=st.permutations(range(8)),
+    shortage=st.integers(1, 12),
+)
+def test_victims_are_the_fewest_youngest(blocks: list, needy: list, order: list, shortage: int) -> None:
+    num_rows = len(blocks)
+    sequences, table = SequenceTable(num_rows, 64), BlockTable(num_rows, 8)
+    sequences.active[:] = True
+    sequences.max_total_len[:] = 64
+    sequences.arrival[:] = order[:num_rows]
+    table.num_blocks[:] = blocks
+    expected, relief = [], 0
+    for row in sorted(range(num_rows), key=lambda row: -order[row]):
+        if relief < shortage:
+            expected.append(row)
+            relief += blocks[row] + needy[row]
+    needy_rows = np.flatnonzero(needy[:num_rows])
+    if relief < shortage:
+        with pytest.raises(AssertionError, match="nobody left to give way"):
+            policy.victims(sequences, table, needy_rows, shortage)
+    else:
+        assert policy.victims(sequences, table, needy_rows, shortage).tolist() == expected
+
+
+def test_a_row_about_to_end_gives_way_last() -> None:
+    sequences, table = SequenceTable(3, 64), BlockTable(3, 8)
+    sequences.active[:] = True
+    sequences.arrival[:] = [0, 1, 2]
+    sequences.max_total_len[:] = [64, 64, 20]
+    sequences.num_tokens[:] = [20, 20, 20]
+    table.num_blocks[:] = 2
+    assert policy.victims(sequences, table, np.array([0]), 1).tolist() == [1]
+
+
 def test_progress_under_pressure(echo, make_scheduler, make_request) -> None:
     """B-03: tokens keep coming however tight the pool."""
     sim = crowd(echo, make_scheduler, make_request, num=24)
     delivered = []
-    while sim.scheduler.has_work and (sim.scheduler.num_running or sim.scheduler.num_waiting):
+    while sim.has_requests:
         sim.step()
         delivered.append(sim.num_delivered)
     window = 24  # the longest prefill (48 tokens in chunks of 16), and a step ahead, with room to spare

@@ -76,7 +76,8 @@ def save_sentencepiece_like(folder: Path) -> Path:
     )
     for token in ("<unk>", "<s>", "</s>"):
         backend.add_special_tokens([AddedToken(token, normalized=False)])
-    backend.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False, rstrip=True) for name in ("user", "end")])
+    backend.add_special_tokens([AddedToken("<|user|>", normalized=False, rstrip=True)])
+    backend.add_special_tokens([AddedToken("<|end|>", normalized=False, lstrip=True)])
     backend.add_tokens([AddedToken("<think>", normalized=False)])
     backend.save(str(folder / "tokenizer.json"))
     config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}

@@ -12,7 +12,7 @@ from jaxserve.errors import ParameterError
 from jaxserve.text.guard import Guard, GuardedText, join_guarded
 
 GUARD = Guard("<|im_end|></think> [INST]")
-TEXT = st.text("<>|/[]imendthk \n\t\"\\éß🙂X", max_size=16)
+TEXT = st.text('<>|/[]imendthk \n\t"\\éß🙂X', max_size=16)
 PART = st.text("<>|/imn \n", max_size=3)
 
 QUESTIONS = {
@@ -111,7 +111,7 @@ def flat(value) -> str:
 
 @pytest.mark.parametrize("name", [*TRANSFORMS, *WITH_SEPARATOR])
 @settings(max_examples=30, deadline=None)
-@given(text=st.text("<>|/[]imendthk \n\t\"\\é🙂X", max_size=16))
+@given(text=st.text('<>|/[]imendthk \n\t"\\é🙂X', max_size=16))
 def test_no_transform_gives_back_a_character_in_the_open(name, text):
     """The separator is a space: every letter of a control token in the result is the client's, so hidden."""
     result = (TRANSFORMS | WITH_SEPARATOR)[name](GUARD.protect(text), " ")

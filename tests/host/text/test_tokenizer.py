@@ -78,6 +78,16 @@ def test_empty_text_is_bos_alone(byte_level):
     assert byte_level.encode("", add_special_tokens=False) == []
 
 
+def test_a_control_token_that_the_model_itself_finds_in_text_is_undone(tmp_path):
+    """Models with `ignore_merges`, as Llama 3's, look whole words up in their vocabulary."""
+    whole = tiny_json()
+    whole["model"] |= {"vocab": {"<": 0, "s": 1, ">": 2, "<s>": 3}, "merges": [], "ignore_merges": True}
+    write(tmp_path, tokenizer__json=whole, tokenizer_config__json={"bos_token": "<s>", "add_bos_token": True})
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.encode("<s>") == [3, 3]
+    assert tokenizer.encode("<s>", parse_special=False) == [3, 0, 1, 2]
+
+
 def test_token_bytes_join_to_the_text(tokenizer):
     text = "naïve 世界 🙂"
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -197,7 +207,10 @@ def test_truncation_in_the_file_is_not_applied(tmp_path):
         ({"tokenizer__json": tiny_json(), "tokenizer_config__json": "[1]"}, "must hold a JSON object"),
         ({"tokenizer__json": tiny_json(), "tokenizer_config__json": {"bos_token": 7}}, "non-empty string"),
         (
-            {"tokenizer__json": tiny_json(), "tokenizer_config__json": {"added_tokens_decoder": {"9": {"content": "x"}}}},
+            {
+                "tokenizer__json": tiny_json(),
+                "tokenizer_config__json": {"added_tokens_decoder": {"9": {"content": "x"}}},
+            },
             "'x' the id 9, but the vocabulary gives it 4",
         ),
         (

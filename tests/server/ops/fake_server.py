@@ -1,6 +1,6 @@
 """A server process around an engine that counts instead of computing. Run by tests, with JSON settings.
 
-    python fake_server.py '{"load_s": 0.2, "keys": ["secret"]}'
+python fake_server.py '{"load_s": 0.2, "keys": ["secret"]}'
 """
 
 from __future__ import annotations
@@ -16,23 +16,29 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import CheckpointError
 from jaxserve.metrics import EngineMetrics
+from jaxserve.text.chat import ChatTemplate
+from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.text.tokenizer_files import TokenizerFiles
 from jaxserve.types import Delta, EngineStats, SamplingParams
 from jaxserve_server.app import AppSettings
 from jaxserve_server.auth import ApiKeys
 from jaxserve_server.lifecycle import ServerSettings, Supervisor
 from jaxserve_server.middleware import BodyLimits
 from jaxserve_server.protocol import ConnectionLimits
+from jaxserve_server.routes import api_routes
 from jaxserve_server.serving import Serving
 from jaxserve_server.startup_log import configure_logging
 from jaxserve_server.status import Loaded
 
 
 class CountingEngine:
-    """Yields the integers from 0, one every `token_s`."""
+    """Yields the integers from 0, modulo 64, one every `token_s`."""
 
     def __init__(self, token_s: float, shutdown_s: float) -> None:
         self.metrics = EngineMetrics(max_model_len=4096, cache_info={"block_size": "16", "num_gpu_blocks": "8"})
@@ -51,7 +57,7 @@ class CountingEngine:
             for i in range(params.max_tokens or 16):
                 await asyncio.sleep(self._token_s)
                 ended = i + 1 == params.max_tokens
-                yield Delta((i,), finish_reason="length" if ended else None)
+                yield Delta((i % 64,), finish_reason="length" if ended else None)
         finally:
             self.num_open -= 1
             self.num_aborted += not ended
@@ -123,6 +129,16 @@ ROUTES = [
 ]
 
 
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, and an end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([AddedToken("<|end|>", special=True, normalized=False)])
+    return Tokenizer(TokenizerFiles(backend, {"eos_token": "<|end|>"}, None))
+
+
 def load(settings: dict[str, Any]) -> Loaded:
     time.sleep(settings.get("load_s", 0.0))
     if settings.get("failure") == "checkpoint":
@@ -131,16 +147,16 @@ def load(settings: dict[str, Any]) -> Loaded:
         raise ZeroDivisionError("a bug")
     engine = CountingEngine(settings.get("token_s", 0.01), settings.get("shutdown_s", 0.0))
     model = ModelConfig(
-        **{"architecture": "fake", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8},
-        **{"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "max_position": 4096},
+        **{"architecture": "fake", "vocab_size": 257, "hidden_size": 8, "intermediate_size": 8},
+        **{"num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 8, "max_position": 65536},
     )
     serving = Serving(
         engine=engine,
-        tokenizer=None,
-        chat_template=None,
+        tokenizer=byte_tokenizer(),
+        chat_template=ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", {}),
         model_names=("fake",),
         model_config=model,
-        max_model_len=4096,
+        max_model_len=65536,
         system_fingerprint="fake",
         created=0,
     )
@@ -164,7 +180,7 @@ def main() -> int:
         uvicorn_log_level="warning",
         **settings.get("server", {}),
     )
-    return Supervisor(server, lambda: load(settings), ROUTES).run()
+    return Supervisor(server, lambda: load(settings), [*ROUTES, *api_routes()]).run()
 
 
 if __name__ == "__main__":

@@ -86,8 +86,10 @@ def test_kserves_stock_command_line_is_taken(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("4096", 4096), ("4k", 4000), ("4K", 4096), ("1.5k", 1500), ("2GiB", 2**31), ("2GB", 2 * 10**9), ("1M", 2**20)]
-    + [("1m", 10**6), ("3 gb", 3 * 10**9), ("1T", 2**40)],
+    [
+        *(("4096", 4096), ("4k", 4000), ("4K", 4096), ("1.5k", 1500), ("2GiB", 2**31), ("2GB", 2 * 10**9)),
+        *(("1M", 2**20), ("1m", 10**6), ("3 gb", 3 * 10**9), ("1T", 2**40)),
+    ],
 )
 def test_sizes_have_units(text, value):
     assert options("--kv-cache-memory-bytes", text).engine.kv_cache_memory_bytes == value

@@ -6,6 +6,7 @@ import json
 import re
 import time
 
+import psutil
 import pytest
 
 KEY = "sk-Ünïcode-and-long-enough"
@@ -56,7 +57,9 @@ def test_13_a_compressed_body_is_refused_unread(server, error_of):
         assert status(answer) == 415
         assert error_of(answer)["code"] == "unsupported_content_encoding"
     body = b'{"n": 1}'
-    assert status(once(server, "POST", "/v1/count", AUTH, *sized(body), b"Content-Encoding: Identity", body=body)) == 200
+    assert (
+        status(once(server, "POST", "/v1/count", AUTH, *sized(body), b"Content-Encoding: Identity", body=body)) == 200
+    )
 
 
 def test_14_a_declared_body_over_the_limit_is_refused_before_it_is_sent(server, error_of):
@@ -136,7 +139,9 @@ def test_16_a_trickle_is_given_up_at_the_total(server):
         assert 0.7 < time.monotonic() - began < 2.5
 
 
-def test_18_header_bombs_are_refused(server, open_server):
+def test_18_header_bombs_are_refused(server):
+    process = psutil.Process(server.process.pid)
+    before = process.memory_info().rss
     for data in (
         request("GET", "/ping", b"X: " + b"a" * 2**20),
         request("GET", "/ping", *(b"X%d: y" % i for i in range(20_000))),
@@ -156,7 +161,8 @@ def test_18_header_bombs_are_refused(server, open_server):
             except ConnectionError:
                 pass  # refused while it was being sent
             assert answer[:12] in (b"", b"HTTP/1.1 400"), data[:60]
-    assert open_server.ask("GET", "/ping").status_code == 200
+    assert server.ask("GET", "/ping").status_code == 200
+    assert process.memory_info().rss < before + 20 * 2**20
 
 
 def test_18_many_small_headers_are_refused_as_json(server, error_of):
@@ -244,8 +250,10 @@ def test_keys_are_nowhere_in_the_log(server):
 
 @pytest.mark.parametrize(
     "host",
-    [b"x/v1/models?", b"x#", b"x?y", b"", b"a@b", b"a" * 300, "bücher.example".encode(), b"evil.example", b"[::1"]
-    + [b"localhost:80x", b"/health", b"ping", b"localhost.evil.example"],
+    [
+        *(b"x/v1/models?", b"x#", b"x?y", b"", b"a@b", b"a" * 300, "bücher.example".encode(), b"evil.example"),
+        *(b"[::1", b"localhost:80x", b"/health", b"ping", b"localhost.evil.example"),
+    ],
 )
 def test_no_host_opens_a_path_and_foreign_names_are_refused(server, host):
     """CVE-2026-48746: the path was taken from the Host header. And DNS rebinding: CVE-2025-62593."""
@@ -324,7 +332,9 @@ def test_82_head_and_options(server):
 
 
 def test_log_lines_hold_no_queries_and_no_control_characters(open_server):
-    open_server.raw(request("GET", "/v1/state%0aINFO%1b[31m?key=hunter3", b"X-Request-Id: logged", b"Connection: close"))
+    open_server.raw(
+        request("GET", "/v1/state%0aINFO%1b[31m?key=hunter3", b"X-Request-Id: logged", b"Connection: close")
+    )
     line = open_server.wait_for_line("logged")
     assert "hunter3" not in line
     assert "\\nINFO\\x1b[31m" in line

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +26,11 @@ from jaxserve_server.status import Phase, ServerStatus
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 PUBLIC = {("/ping", m) for m in ("GET", "HEAD", "POST")} | {("/health", m) for m in ("GET", "HEAD")}
+
+
+@pytest.fixture(scope="module")
+def plain_server(start_server):
+    return start_server()
 
 
 class Stream(threading.Thread):
@@ -98,13 +106,19 @@ def test_an_unexpected_failure_to_load_is_exit_code_1(start_server):
     assert "ZeroDivisionError" in server.log
 
 
-def test_a_taken_port_is_one_line_and_exit_code_1(capsys):
-    from jaxserve_server.cli import main
-
+def test_a_taken_port_is_one_line_and_exit_code_1(repo):
+    paths = os.pathsep.join(str(repo / part) for part in (".", "server", "checkpoints"))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["--port", str(port), "--disable-log-stats"]) == 1
-    last = capsys.readouterr().err.splitlines()[-1]
+        done = subprocess.run(
+            [sys.executable, "-m", "jaxserve.serve", "--port", str(port)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": paths},
+            check=False,
+        )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
     assert last.startswith(f"error: Cannot listen on 127.0.0.1:{port}: ")
     assert last.endswith("Choose another --host or --port.")
 
@@ -115,12 +129,11 @@ def test_sigterm_while_loading_ends_at_once(start_server):
     assert server.exit_code(timeout=3) == 0
 
 
-def test_the_api_port_is_the_only_listening_socket_of_the_process_tree(start_server):
-    server = start_server()
-    root = psutil.Process(server.process.pid)
+def test_the_api_port_is_the_only_listening_socket_of_the_process_tree(plain_server):
+    root = psutil.Process(plain_server.process.pid)
     tree = [root, *root.children(recursive=True)]
     listening = [c.laddr for p in tree for c in p.net_connections("all") if c.status == psutil.CONN_LISTEN]
-    assert [tuple(address) for address in listening] == [("127.0.0.1", server.port)]
+    assert [tuple(address) for address in listening] == [("127.0.0.1", plain_server.port)]
 
 
 # --- health and access -----------------------------------------------------------------------------------
@@ -136,14 +149,12 @@ def test_the_api_port_is_the_only_listening_socket_of_the_process_tree(start_ser
         ({"is_ready": False}, 503, "engine_not_ready"),
     ],
 )
-def test_health_is_computed_from_progress(start_server, reading, status, reason):
-    server = test_health_is_computed_from_progress.__dict__.setdefault("server", None) or start_server()
-    test_health_is_computed_from_progress.server = server
-    server.ask("POST", "/v1/state", json=reading)
-    answer = server.ask("GET", "/health")
+def test_health_is_computed_from_progress(plain_server, reading, status, reason):
+    plain_server.ask("POST", "/v1/state", json=reading)
+    answer = plain_server.ask("GET", "/health")
     assert (answer.status_code, answer.json()["status"]) == (status, reason)
-    assert server.ask("HEAD", "/health").status_code == status
-    assert server.ask("GET", "/ping").status_code == 200
+    assert plain_server.ask("HEAD", "/health").status_code == status
+    assert plain_server.ask("GET", "/ping").status_code == 200
 
 
 def test_every_route_and_method_asks_for_a_key_unless_it_is_public():
@@ -201,7 +212,7 @@ def test_streams_that_outlast_the_drain_get_an_error_event(start_server, timeout
     for stream in streams:
         *numbers, last = stream.events
         assert stream.error is None
-        assert numbers == [str(i) for i in range(len(numbers))]
+        assert numbers == [str(i % 64) for i in range(len(numbers))]
         assert json.loads(last)["error"]["code"] == "server_draining"
     assert server.exit_code() == 0
     assert timeout_s <= time.monotonic() - began < timeout_s + 2.5
@@ -219,6 +230,32 @@ def test_a_whole_answer_that_outlasts_the_drain_is_a_503(start_server, error_of)
     assert answers[0].status_code == 503
     assert error_of(answers[0])["code"] == "server_draining"
     assert server.exit_code() == 0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_apis_answers_that_outlast_the_drain_end_with_an_error(start_server, error_of, path):
+    server = start_server(token_s=0.02, server={"shutdown_timeout_s": 0.3})
+    body = {"model": "fake", "max_tokens": 5000, "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
+    del body["messages" if path == "/v1/completions" else "prompt"]
+    answers: dict[bool, httpx.Response] = {}
+
+    def ask(stream: bool) -> None:
+        answers[stream] = server.ask("POST", path, json=body | {"stream": stream})
+
+    asking = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+    for thread in asking:
+        thread.start()
+    assert eventually(lambda: server.ask("GET", "/v1/state").json()["open"] == 2)
+    server.stop()
+    for thread in asking:
+        thread.join(5)
+    assert answers[False].status_code == 503
+    assert error_of(answers[False])["code"] == "server_draining"
+    *chunks, last = [json.loads(event.removeprefix("data: ")) for event in answers[True].text.split("\n\n")[:-1]]
+    assert all(chunk["choices"][0]["finish_reason"] is None for chunk in chunks)
+    assert last["error"]["code"] == "server_draining"
+    assert server.exit_code() == 0
+    assert "Traceback" not in server.log
 
 
 def test_an_idle_server_ends_at_once(start_server):

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_histogram_counts_what_a_loop_would_count(values, cut):
         histogram.observe(value)
     reading = histogram.read()
     edges = (-math.inf, *TTFT_BUCKETS_S, math.inf)
-    assert reading.counts == tuple(sum(low < v <= high for v in values) for low, high in zip(edges, edges[1:]))
+    assert reading.counts == tuple(sum(low < v <= high for v in values) for low, high in pairwise(edges))
     assert reading.sum == pytest.approx(sum(values))
 
 
