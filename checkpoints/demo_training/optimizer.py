@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -28,8 +29,9 @@ def _matrix_axes(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(axes, params)
 
 
+@cache
 def make_optimizer() -> optax.GradientTransformation:
-    """Updates at full learning rate; the training loop scales them by `rate`."""
+    """Updates at full learning rate; the training loop scales them by `rate`. Cached: jit compiles once per object."""
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         muon(

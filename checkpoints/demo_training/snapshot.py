@@ -14,7 +14,8 @@ def save_state(path: Path, tree: Any, counts: dict[str, int]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     leaves = {f"leaf_{index:05d}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree))}
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **leaves, **{name: np.int64(count) for name, count in counts.items()})
+    arrays: dict[str, Any] = leaves | {name: np.int64(count) for name, count in counts.items()}
+    np.savez(partial, **arrays)
     partial.replace(path)
 
 

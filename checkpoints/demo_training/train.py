@@ -90,7 +90,7 @@ class Run:
     def start(cls, config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Run:
         optimizer = make_optimizer()
         params = init_params(config, seed)
-        return cls(config, tokenizer, params, optimizer.init(params), optimizer)
+        return cls(config, tokenizer, params, jax.jit(optimizer.init)(params), optimizer)
 
     def resume(self, path: Path) -> None:
         (self.params, self.state), counts = load_state(path, (self.params, self.state))

@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ class AsyncEngine:
 
     async def generate(
         self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
-    ) -> AsyncIterator[Delta]:
+    ) -> AsyncGenerator[Delta, None]:
         """Yields what the request gains, one token a delta, the last with its finish_reason.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees its

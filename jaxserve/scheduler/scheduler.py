@@ -155,16 +155,28 @@ class Scheduler:
         self._num_steps += 1
 
     def _preempt(self, request_ids: tuple[str, ...]) -> None:
-        """Sends sequences back to their place in the queue with the tokens that the host knows."""
         gave_way = [self._sequence_of_id[request_id] for request_id in request_ids]
-        rows = np.array([sequence.row for sequence in gave_way])
         for sequence in gave_way:
-            sequence.known_token_ids = self.sequences.known_token_ids(sequence.row)
             sequence.num_preemptions += 1
-        self._release(rows)
-        for sequence in gave_way:
-            self.waiting.push(sequence)
+        self._send_back(gave_way)
         self.num_preemptions += len(gave_way)
+
+    def requeue_running(self) -> None:
+        """Sends every running sequence back and forgets what is in flight: the device lost its cache.
+
+        No preemption: nobody took their blocks, and they keep their right to stay.
+        """
+        self._in_flight.clear()
+        self._send_back(list(self.sequences.sequences[self.sequences.active]))
+
+    def _send_back(self, sequences: list[Sequence]) -> None:
+        """Returns sequences to their places in the queue with the tokens that the host knows."""
+        rows = np.array([sequence.row for sequence in sequences], np.intp)
+        for sequence in sequences:
+            sequence.known_token_ids = self.sequences.known_token_ids(sequence.row)
+        self._release(rows)
+        for sequence in sequences:
+            self.waiting.push(sequence)
 
     def _advance(self, plan: StepPlan) -> _InFlight:
         """Moves the rows' counts past the plan's tokens; returns what its answer will be matched with."""

@@ -198,7 +198,7 @@ class SequenceTable:
         assert (self.num_computed[decoding] == self.num_tokens[decoding] - 1).all()
         assert (self.num_computed[prefilling] < self.num_known[prefilling]).all()
         assert len(set(self.arrival[self.active].tolist())) == self.num_active
-        for row in row_of(self.active):
+        for row in row_of(self.active).tolist():
             self._check_row(row)
 
     def _check_row(self, row: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-READY_S = 180.0  # two busy cores compile slowly; an idle machine needs a tenth of it
+READY_S = 300.0  # two busy cores compile slowly; an idle machine needs a tenth of it
 
 
 @pytest.fixture(scope="session")

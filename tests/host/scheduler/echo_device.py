@@ -186,6 +186,15 @@ class Simulation:
         assert len(events.finished) == np.count_nonzero(events.finish_codes)
         self._check()
 
+    def lose_device(self) -> None:
+        """The device's memory is gone, and with it every answer that is due."""
+        limits = self.scheduler.limits
+        self.undigested.clear()
+        self.device = EchoDevice(limits.num_blocks, limits.block_size, limits.max_num_seqs, limits.max_blocks_per_row)
+        self.scheduler.requeue_running()
+        assert self.scheduler.num_running == 0
+        self._check()
+
     def drain(self) -> None:
         """Steps until nothing is left, then looks for leaks."""
         while self.has_requests:

@@ -244,6 +244,26 @@ def test_abort_in_every_state(echo, make_scheduler, make_request, state: str, de
     sim.check_outputs()
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_after_a_lost_device_everybody_goes_on_in_the_same_order(
+    echo, make_scheduler, make_request, depth: int
+) -> None:
+    sim = echo.Simulation(make_scheduler(num_blocks=33), depth)
+    names = [f"r{i}" for i in range(8)]
+    for name in names:
+        sim.add(make_request(name, 6, 20))
+    for _ in range(6):
+        sim.step()
+    delivered = sim.num_delivered
+    assert delivered > 0
+    sim.lose_device()
+    assert [s.request.request_id for s in sim.scheduler.waiting] == names
+    assert sum(len(s.known_token_ids) - 6 for s in sim.scheduler.waiting) == delivered
+    assert all(s.num_preemptions == 0 for s in sim.scheduler.waiting)
+    sim.drain()
+    sim.check_outputs()
+
+
 def test_an_id_can_be_used_again_only_after_its_end(make_scheduler, make_request) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 3, 1))

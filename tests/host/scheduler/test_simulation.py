@@ -55,6 +55,8 @@ def test_random_history(echo, seed: int) -> None:
             sim.depth = int(rng.integers(0, 3))
         elif dice < add_share + 0.1 and sim.undigested:
             sim.digest(failed=rng.random(len(sim.undigested[0][1])) < 0.3)
+        elif dice < add_share + 0.11:
+            sim.lose_device()
         else:
             sim.step()
     sim.drain()
@@ -122,6 +124,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         count = len(self.sim.undigested[0][1])
         failed = np.array([fails and data.draw(st.booleans()) for _ in range(count)], bool)
         self.sim.digest(failed if fails else None)
+
+    @rule()
+    def lose_device(self):
+        self.sim.lose_device()
 
     @precondition(lambda self: self.num_added > 0)
     @rule(data=st.data())

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from jaxserve.config import ModelConfig
@@ -34,9 +34,8 @@ SPECIAL = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "pad_token": "<|pa
 MAX_MODEL_LEN = 64
 
 
-@pytest.fixture(scope="session")
-def tokenizer() -> Tokenizer:
-    """256 bytes, eight merges ("hello", " wor", "ld"), four control tokens; no BOS is put before a prompt."""
+def byte_level(*, add_bos: bool = False) -> Tokenizer:
+    """256 bytes, eight merges ("hello", " wor", "ld") and four control tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: i for i, char in enumerate(alphabet)}
     for left, right in MERGES:
@@ -46,7 +45,22 @@ def tokenizer() -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     controls = ["<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
     backend.add_tokens([AddedToken(token, special=True, normalized=False) for token in controls])
+    if add_bos:
+        bos = ("<|bos|>", backend.token_to_id("<|bos|>"))
+        backend.post_processor = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[bos])
     return Tokenizer(TokenizerFiles(backend, SPECIAL, CHATML))
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Puts no BOS before a prompt."""
+    return byte_level()
+
+
+@pytest.fixture(scope="session")
+def bos_tokenizer() -> Tokenizer:
+    """Puts a BOS before a prompt."""
+    return byte_level(add_bos=True)
 
 
 @pytest.fixture(scope="session")

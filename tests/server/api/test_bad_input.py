@@ -14,6 +14,9 @@ from typing import Any
 import httpx
 import pytest
 
+from jaxserve_server.body import decode
+from jaxserve_server.errors import ApiError
+
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = [{"role": "user", "content": "hi"}]
 NESTED = b"[" * 2000 + b"]" * 2000
@@ -327,6 +330,18 @@ SERVED: list[tuple[str, str, dict[str, Any]]] = [
 def test_neighbours_that_are_served(server: Any, row: str, path: str, fields: dict[str, Any]):
     answer = server.post(path, bodies(path, fields))
     assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('[{"a":[', "]}]")])
+def test_row_4_the_bound_is_exact(opening: str, closing: str):
+    """Python's own recursion limit is not the bound: it differs from version to version."""
+    width = opening.count("[") + opening.count("{")
+    body = f'{{"x": {opening * 21}1{closing * 21}}}'.encode()
+    decode(body, max_depth=21 * width + 1)
+    with pytest.raises(ApiError):
+        decode(body, max_depth=21 * width)
+    brackets = '{"x": "' + "[" * 500 + '"}'  # in a string they nest nothing
+    assert decode(brackets.encode(), max_depth=21)
 
 
 def test_row_5_the_last_of_duplicate_keys_stands(server: Any):

@@ -22,7 +22,8 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 def send(url: str, path: str, body: dict[str, Any]) -> socket.socket:
     data = json.dumps({"model": "tiny", **body}).encode()
     sock = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), 10)
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     sock.sendall(head.encode() + data)
     return sock
 

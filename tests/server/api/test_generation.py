@@ -100,10 +100,7 @@ def test_long_text_is_tokenised_away_from_the_event_loop(make_server: Any):
     server.complete(prompt="x" * 5000, truncate_prompt_tokens=5)
     assert server.engine.calls[-1][0] == tuple(tokenizer.encode("xxxxx"))
     server.complete(prompt="x")
-    names = [thread is threading.main_thread() for thread in threads]
-    assert threads
-    assert names[-1]  # the short one stays on the loop
-    assert len(names) == 2
+    assert [thread is threading.main_thread() for thread in threads] == [False, True]  # short text stays on the loop
 
 
 # --- parameters --------------------------------------------------------------------------------------------
@@ -273,6 +270,15 @@ def test_echo_with_logprobs_places_every_token(server: Any, tokenizer: Any, prom
     for token, start in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         assert token.startswith("bytes:") or choice["text"].startswith(token, start)
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+
+
+def test_tokens_put_before_an_echoed_text_stand_at_its_start(make_server: Any, bos_tokenizer: Any):
+    choice = make_server(tokenizer=bos_tokenizer).complete(prompt="hello a", echo=True, logprobs=0, max_tokens=1)[
+        "choices"
+    ][0]
+    assert choice["text"] == "hello ahello"
+    assert choice["logprobs"]["tokens"] == ["<|bos|>", "hello", " ", "a", "hello"]
+    assert choice["logprobs"]["text_offset"] == [0, 0, 5, 6, 7]
 
 
 def test_the_loglikelihood_requests_of_lm_eval(server: Any, tokenizer: Any):

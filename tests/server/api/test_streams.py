@@ -251,6 +251,15 @@ def test_one_prompt_that_fails_ends_the_others(make_server: Any, error_of: Any, 
     assert len(server.engine.aborted) == len(server.engine.calls)
 
 
+def test_a_stop_string_in_the_middle_of_a_delta_ends_it_there(make_server: Any, tokenizer: Any):
+    ids = tuple(tokenizer.encode("abcdef", False))
+    server = make_server(script=[Delta(ids), Delta(ids)])
+    answer = server.complete(prompt="hi", stop="cd")
+    assert (answer["choices"][0]["text"], answer["choices"][0]["stop_reason"]) == ("ab", "cd")
+    assert answer["usage"]["completion_tokens"] == 4
+    assert len(server.engine.yielded) == 1
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_stop_string_ends_the_engines_request(make_server: Any, stream: bool):
     server = make_server(reply="abcdefgh")
