@@ -29,7 +29,14 @@ from benchmarks.workload import SAMPLE_TEXT, Workload
 
 TTFT_OBJECTIVE_S = 0.200
 ITL_OBJECTIVE_S = 0.050
-TARGETS = {"TTFT p50": 100.0, "TTFT p99": 200.0, "ITL p50": 20.0, "ITL p99": 50.0, "success": 99.9}
+TARGETS = {
+    "TTFT p50": "< 100",
+    "TTFT p99": "< 200",
+    "ITL p50": "< 20",
+    "ITL p99": "< 50",
+    "tokens per request p50": "> 50",
+    "success": "> 99.9",
+}
 
 
 async def open_loop(client: StreamClient, prompts: list[list[int]], arrivals_s: np.ndarray) -> list[StreamResult]:

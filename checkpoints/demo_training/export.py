@@ -94,6 +94,7 @@ def write_folder(folder: Path, params: Params, config: ModelConfig, tokenizer: T
     save_tokenizer(tokenizer, folder, config.max_position)
     tensors = {name: array.astype(ml_dtypes.bfloat16) for name, array in hf_tensors(params, config).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner alone
     _write_json(folder / "config.json", hf_config(config))
     ends = {"bos_token_id": config.bos_token_id, "eos_token_id": list(config.eos_token_ids)}
     sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}

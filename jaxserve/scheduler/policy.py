@@ -3,11 +3,14 @@
 Owns the rules, as pure functions of the tables; it changes nothing. First come, first served:
 
 * A plan serves decode rows first, then prefills and admissions in order of arrival.
-* When blocks run out, the youngest row gives way. The oldest always finishes: `Scheduler.add` refused what
-  the whole pool cannot hold.
-* A sequence that gave way `MAX_PREEMPTIONS` times is protected from then on: it never gives way again. Those
-  protected at one time could all finish side by side in the pool, so that none of them needs another's
-  blocks; it is admitted only when that holds. So preemptions a request are bounded, and nothing can deadlock.
+* When blocks run out, the youngest row gives way, and takes its old place in the queue.
+* A sequence that gave way `MAX_PREEMPTIONS` times is protected from then on: it never gives way again. It is
+  admitted only when the whole pool holds all protected rows at their longest, so that none of them ever needs
+  another's blocks.
+
+So preemptions a request are bounded, and nothing can deadlock: the protected rows, or where there are none the
+oldest row, can take every other row's blocks, and finish with them (`Scheduler.add` refused what the whole pool
+cannot hold).
 """
 
 from __future__ import annotations
@@ -103,10 +106,10 @@ class Admission:
     """One plan's decisions about the queue's head.
 
     A sequence enters when the free blocks hold its known tokens, what the running prefills still need for theirs,
-    and one more block for it and for each running sequence. Without that last part it would soon have to give way:
-    with a pool of 40 % of the demand, 30 % of all tokens are then computed twice, with it 3 %, at 3 % more steps
-    (`benchmarks/scheduler.py`). When nothing runs the head always enters. A protected one enters only where it
-    can stay.
+    and one more block for it and for each running sequence. Without those for the running ones it would soon have
+    to give way: on the workload of `benchmarks/scheduler.py`, with a pool of 40 % of the demand, 30 % more tokens
+    are then computed than needed; with them 3 %, at 2 % more steps. When nothing runs the head always enters. A
+    protected one enters only where it can stay.
 
     Args:
         num_free: free blocks when the step's decode rows have theirs.

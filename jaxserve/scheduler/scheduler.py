@@ -107,7 +107,9 @@ class Scheduler:
                 f"{self.pool.num_usable}. Shorten the prompt, lower max_tokens, or enlarge the KV cache.",
                 param="max_tokens",
             )
-        if self.num_waiting >= limits.max_num_queued_reqs:
+        # Whoever finds a free row at the next step does not queue: a burst into an idle engine is no overload.
+        num_free_rows = limits.max_num_seqs - self.num_running
+        if self.num_waiting >= limits.max_num_queued_reqs + num_free_rows:
             raise QueueFullError(
                 f"The queue is full: {self.num_waiting} requests wait, the bound is {limits.max_num_queued_reqs}. "
                 "Retry later or raise max_num_queued_reqs."

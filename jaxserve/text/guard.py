@@ -42,7 +42,7 @@ class Guard:
         stand_ins: matches one stand-in, or the mark.
     """
 
-    __slots__ = ("_alphabet", "_backward", "_base", "_forward", "mark", "stand_ins")
+    __slots__ = ("_alphabet", "_backward", "_forward", "mark", "stand_ins")
 
     def __init__(self, alphabet: Iterable[str], base: int = STAND_INS.start):
         letters = sorted({char for char in alphabet if is_guardable(char)})

@@ -112,8 +112,9 @@ class Tokenizer:
 
         Where no client text spells one, the ids are those of the plain text, token borders included.
         """
-        _check_length(rendered)
-        return self._sealed.encode([guard.reveal(self._sealed.seal(rendered))], add_special_tokens)[0]
+        _check_length(rendered, "messages")
+        text = guard.reveal(self._sealed.seal(rendered))
+        return self._sealed.encode([text], add_special_tokens, param="messages")[0]
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`, the same that a stream of them joins to. Unknown ids have no text."""
@@ -170,8 +171,8 @@ class _SealedBackend:
         """Renames the control tokens that `text` spells."""
         return self._spelled.sub(lambda match: self._word_of[match[0]], text) if self._spelled else text
 
-    def encode(self, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
-        rows, true_ids = _encode(self._backend, texts, False), self._true_ids
+    def encode(self, texts: list[str], add_special_tokens: bool, param: str = "prompt") -> list[list[int]]:
+        rows, true_ids = _encode(self._backend, texts, False, param), self._true_ids
         rows = [row if true_ids.keys().isdisjoint(row) else _replace_ids(row, true_ids) for row in rows]
         return [[*self._prefix, *row, *self._suffix] for row in rows] if add_special_tokens else rows
 
@@ -199,21 +200,22 @@ class _SealedBackend:
         return true_ids
 
 
-def _encode(backend: Backend, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+def _encode(backend: Backend, texts: list[str], add_special_tokens: bool, param: str = "prompt") -> list[list[int]]:
     try:
         # `encode` holds the GIL for its whole time, the batch calls do not; `fast` leaves out offsets.
         return [row.ids for row in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
     except TypeError as exc:
-        raise ParameterError("The text is not valid Unicode: it holds a lone surrogate.", param="prompt") from exc
+        raise ParameterError("The text is not valid Unicode: it holds a lone surrogate.", param=param) from exc
 
 
 def _special_affixes(backend: Backend) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts before and after any text."""
-    text = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    for start in range(len(whole) - len(text) + 1):
-        if whole[start : start + len(text)] == text:
-            return whole[:start], whole[start + len(text) :]
+    for probe in ("a", "0", " ", "<"):  # the first that the vocabulary has
+        text = backend.encode(probe, add_special_tokens=False).ids
+        whole = backend.encode(probe, add_special_tokens=True).ids
+        for start in range(len(whole) - len(text) + 1):
+            if text and whole[start : start + len(text)] == text:
+                return whole[:start], whole[start + len(text) :]
     return [], []
 
 
@@ -240,10 +242,10 @@ def _is_control(token: AddedToken) -> bool:
     return steers and any(is_guardable(char) for char in token.content)
 
 
-def _check_length(text: str) -> None:
+def _check_length(text: str, param: str = "prompt") -> None:
     if len(text) > MAX_TEXT_CHARS:
         raise ParameterError(
             f"The text must have at most {MAX_TEXT_CHARS} characters, got {len(text)}. Send a shorter one.",
-            param="prompt",
+            param=param,
             code="string_above_max_length",
         )

@@ -59,7 +59,7 @@ class Choice:
         num_tokens: completion tokens so far.
         num_cached_tokens: of the prompt.
         shown: chunks made so far.
-        text, tokens, token_ids: not shown yet.
+        pieces, tokens, token_ids: not shown yet.
         base: where the completion begins in the choice's text: behind an echoed prompt.
     """
 
@@ -70,7 +70,7 @@ class Choice:
     num_cached_tokens: int = 0
     shown: int = 0
     base: int = 0
-    text: str = ""
+    pieces: list[str] = field(default_factory=list)
     tokens: list[ShownToken] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -79,7 +79,8 @@ class Choice:
 
     def add(self, part: TextDelta) -> None:
         self.num_tokens += len(part.token_ids)
-        self.text += part.text
+        if part.text:
+            self.pieces.append(part.text)
         self.token_ids += part.token_ids
         if part.logprobs is not None:
             starts = (self.base + start for start in part.text_starts)
@@ -88,22 +89,27 @@ class Choice:
 
     def echo(self, text: str, starts: list[int], entries: tuple[TokenLogprobs | None, ...] | None) -> None:
         """Puts the prompt before the completion."""
-        self.text += text
+        self.pieces += [text] if text else []
         self.base = len(text)
         if entries is not None:
             self.tokens += map(ShownToken, self.prompt.token_ids, entries, starts)
+
+    @property
+    def text(self) -> str:
+        """What is not shown yet. Joined when it is read: adding to a string copies it each time."""
+        return "".join(self.pieces)
 
     @property
     def due(self) -> bool:
         """Whether a chunk should be made now: the first and the last at once, others every `interval` tokens."""
         if self.finish_reason is not None:
             return True
-        visible = bool(self.text) or (self.style.every_token and bool(self.token_ids))
+        visible = bool(self.pieces) or (self.style.every_token and bool(self.token_ids))
         return visible and (self.shown == 0 or len(self.token_ids) >= self.style.interval)
 
     def clear(self) -> None:
         self.shown += 1
-        self.text, self.tokens, self.token_ids = "", [], []
+        self.pieces, self.tokens, self.token_ids = [], [], []
 
     def usage(self) -> Usage:
         return usage(len(self.prompt.token_ids), self.num_tokens, self.num_cached_tokens)

@@ -32,6 +32,8 @@ INVALID_REQUEST: Final = "invalid_request_error"
 SERVER_ERROR: Final = "server_error"
 RATE_LIMIT: Final = "requests"
 MAX_ECHO_CHARS: Final = 64  # of a client's own value, quoted back in a message
+MAX_PARAM_CHARS: Final = 128  # a name inside of `param` may be the client's
+MAX_MESSAGE_CHARS: Final = 1000
 DEFAULT_RETRY_AFTER_S: Final = 1
 
 
@@ -254,8 +256,8 @@ class ApiError(Exception):
         """`fields` fill the row's template, unless `message`, a text of jaxserve's own, takes its place."""
         row = kind.value
         self.kind = kind
-        self.param = param
-        self.message = message or row.template.format(param=param, **fields)
+        self.param = param if param is None else param[:MAX_PARAM_CHARS]
+        self.message = (message or row.template.format(param=self.param, **fields))[:MAX_MESSAGE_CHARS]
         self.retry_after_s = row.retry_after_s if retry_after_s is None else max(1, retry_after_s)
         self.headers = dict(headers or {})
         super().__init__(self.message)

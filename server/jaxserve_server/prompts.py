@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from jaxserve.text.chat import ChatOptions, encode_chat
-from jaxserve_server.body import NAMES, json_type
+from jaxserve_server.body import NAMES, json_type, nests_deeper
 from jaxserve_server.errors import ApiError, ErrorKind, context_length_error, quote
 from jaxserve_server.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest
 from jaxserve_server.serving import Serving
 
 T = TypeVar("T")
+MAX_ARGUMENTS_DEPTH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,23 @@ def _checked_message(message: Message, at: str) -> dict[str, Any]:
         extra = sorted(part.keys() - {"type", "text"}) if isinstance(part, dict) and part.get("type") == "text" else ()
         if extra:
             raise ApiError(ErrorKind.UNKNOWN_PARAMETER, name=f"{at}.content.{quote(extra[0])}")
+    for index, call in enumerate(message.tool_calls or ()):
+        if nests_too_deep(call.function.arguments):
+            reason = f"expected a JSON object in a string, nested at most {MAX_ARGUMENTS_DEPTH} deep."
+            raise ApiError(ErrorKind.INVALID_VALUE, f"{at}.tool_calls[{index}].function.arguments", reason=reason)
     turn = msgspec.to_builtins(message)
     turn.pop("annotations", None)  # of a reply that comes back: where it cited from, nothing for a template
     return turn
+
+
+def nests_too_deep(spelled: str) -> bool:
+    """Whether arguments that a template may walk through nest deeper than it, and Python, can follow."""
+    if spelled.count("[") + spelled.count("{") <= MAX_ARGUMENTS_DEPTH:
+        return False
+    try:
+        return nests_deeper(msgspec.json.decode(spelled), MAX_ARGUMENTS_DEPTH)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return True
 
 
 async def off_loop(size: int, serving: Serving, work: Callable[[], T]) -> T:

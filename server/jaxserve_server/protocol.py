@@ -114,11 +114,7 @@ class TimedProtocol(asyncio.Protocol):
         if self._transport.lingering:
             self._transport.drop(len(data))
             return
-        try:
-            self._inner.data_received(data)
-        except h11.LocalProtocolError:
-            # Malformed bytes after the answer has begun: uvicorn's 400 cannot be sent any more.
-            self._transport.abort()
+        self._inner.data_received(data)
         if self._inner.conn.their_state is h11.IDLE:
             self._start_header_timer()
         else:

@@ -53,7 +53,7 @@ def wheel_server(unpacked: Path, wheel_environment: dict[str, str]) -> Iterator[
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--port", str(port), "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+    flags = ["--port", str(port), "--max-num-seqs", "2", "--max-num-batched-tokens", "16"]  # few programs to compile
     log = unpacked.parent / "server.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(

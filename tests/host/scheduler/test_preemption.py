@@ -227,3 +227,29 @@ def test_a_request_that_fills_the_pool_runs_alone(echo, make_scheduler, make_req
     sim.drain()
     sim.check_outputs()
     assert sim.admitted == ["small", "whole", "last"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_prefill_whose_blocks_the_decodes_took_waits_with_what_it_has(
+    echo, make_scheduler, make_request, depth: int
+) -> None:
+    # 19 usable blocks of 4 tokens. Three rows decode; the long one wants 10 blocks and is fed three tokens a step, in
+    # which time the three open more blocks than admission left them.
+    sim = echo.Simulation(make_scheduler(num_blocks=20, max_num_batched_tokens=6), depth)
+    for name in "abc":
+        sim.add(make_request(name, 1, 22))
+    for _ in range(3):
+        sim.step()
+    sim.add(make_request("long", 40, 4))
+    table, num_cut, num_waited = sim.scheduler.sequences, 0, 0
+    while sim.has_requests:
+        prefilling = [(row, table.requests[row].request_id) for row in table.prefill_rows()]
+        plan = sim.step()
+        for row, name in prefilling:
+            chunk = plan.prefill_lens[plan.prefill_rows == row]
+            num_waited += not len(chunk) and name not in plan.preempted
+            num_cut += len(chunk) and chunk[0] < min(6 - len(plan.decode_rows), 40 - table.num_computed[row])
+    sim.drain()
+    sim.check_outputs()
+    assert num_waited > 0
+    assert depth or num_cut > 0

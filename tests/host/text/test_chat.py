@@ -156,6 +156,12 @@ def test_a_model_without_a_template_says_what_to_do(byte_level, tmp_path):
     assert caught.value.param == "messages"
 
 
+def test_text_that_is_not_unicode_is_refused(byte_level):
+    with pytest.raises(ParameterError, match="lone surrogate") as caught:
+        encode_chat(byte_level, ChatTemplate(PLAIN, {}), [{"role": "user", "content": "a\ud800"}])
+    assert caught.value.param == "messages"
+
+
 def test_bos_is_added_only_where_asked(byte_level):
     template = ChatTemplate(PLAIN, byte_level.special_tokens)
     ids = encode_chat(byte_level, template, [USER])

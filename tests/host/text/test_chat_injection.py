@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import ParameterError
@@ -185,6 +185,8 @@ CONTENT = st.text(st.characters(codec="utf-8"), max_size=30)
 
 
 @settings(max_examples=40, deadline=None)
+@example(contents=[" x  ", "\n y \n"], name="pieces")
+@example(contents=[" x  ", "\n y \n"], name="instruct")
 @given(contents=st.lists(CONTENT, min_size=1, max_size=4), name=st.sampled_from(sorted(TEMPLATES)))
 def test_harmless_chats_have_the_ids_of_their_rendered_text(tokenizer, templates, contents, name):
     """Token borders, spaces around control tokens and normalisation included."""

@@ -32,6 +32,11 @@ def tool(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def called(arguments: str) -> dict[str, Any]:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
 JSON_FAULT = (400, None, None, "could not parse the JSON body")
 
 # (row, body as bytes, (status, code, param, words of the message))
@@ -238,6 +243,15 @@ FIELDS: list[tuple[str, str, dict[str, Any], tuple[int, str | None, str | None, 
     ("request-id", CHAT, {"request_id": "a/b"}, (400, "invalid_value", "request_id", "")),
     ("continue-both", CHAT, {"continue_final_message": True, "add_generation_prompt": True},
      (400, "invalid_parameter_combination", "continue_final_message", "")),
+    ("kwargs-long", CHAT, {"chat_template_kwargs": {"x" * 100_000: 1}},
+     (400, "invalid_value", ("chat_template_kwargs." + "x" * 128)[:128], "Invalid 'chat_template_kwargs'")),
+    *((f"arguments-{depth}", CHAT, {"messages": [called('{"a":' * depth + "1" + "}" * depth)]},
+       (400, "invalid_value", "messages[0].tool_calls[0].function.arguments", "at most 64 deep"))
+      for depth in (65, 500, 100_000)),
+    ("arguments-malformed", CHAT, {"messages": [called("[" * 100)]},
+     (400, "invalid_value", "messages[0].tool_calls[0].function.arguments", "")),
+    ("arguments-object", CHAT, {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f",
+     "arguments": {}}}]}]}, (400, "invalid_type", "messages[0].tool_calls[0].function.arguments", "expected a string")),
     ("kwargs-reserved", CHAT, {"chat_template_kwargs": {"tokenize": True}},
      (400, "invalid_value", "chat_template_kwargs.tokenize", "")),
 ]  # fmt: skip
@@ -268,7 +282,7 @@ def check(answer: httpx.Response, error_of: Callable[..., dict[str, Any]], expec
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param), error
     assert error["type"] == "invalid_request_error"
     assert words in error["message"], error["message"]
-    assert len(error["message"]) < 600
+    assert len(error["message"]) <= 1000
 
 
 @pytest.fixture
@@ -323,6 +337,8 @@ SERVED: list[tuple[str, str, dict[str, Any]]] = [
                           "length_penalty": 1.0, "use_beam_search": False, "spaces_between_special_tokens": True}),
     ("67-neutral-suffix", COMPLETIONS, {"suffix": None, "length_penalty": 1}),
     ("bad-words", COMPLETIONS, {"bad_words": ["hello"]}),
+    ("arguments", CHAT, {"messages": [called('{"a": [1, {"b": "[[[["}]}'), *USER]}),
+    ("arguments-edge", CHAT, {"messages": [called('{"a":' * 64 + "1" + "}" * 64)]}),
 ]  # fmt: skip
 
 

@@ -108,7 +108,8 @@ def test_long_text_is_tokenised_away_from_the_event_loop(make_server: Any):
 EVERYTHING: dict[str, Any] = {
     "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "frequency_penalty": 0.2, "presence_penalty": -0.3,
     "repetition_penalty": 1.1, "seed": -9, "stop": ["x", "yz"], "stop_token_ids": [5], "ignore_eos": True,
-    "min_tokens": 2, "prompt_logprobs": 2, "include_stop_str_in_output": True, "allowed_token_ids": [1, 2, 3], "skip_special_tokens": False,
+    "min_tokens": 2, "prompt_logprobs": 2, "include_stop_str_in_output": True, "allowed_token_ids": [1, 2, 3],
+    "skip_special_tokens": False,
 }  # fmt: skip
 
 

@@ -127,6 +127,21 @@ def test_a_client_that_reads_and_closes_after_a_refusal_frees_the_connection_at_
         assert time.monotonic() - began < 0.25  # not the 0.3 s for which an unread body may still come
 
 
+@pytest.mark.parametrize("path", [b"/nope", b"/v1/state?x", b"/ping"])
+def test_an_answer_before_the_body_closes_the_connection(start_server, path):
+    """Nobody waits for the rest of a body that is not wanted, and it is not taken for the next request."""
+    server = start_server(keys=["k"], connections=SECONDS)
+    with server.connect() as sock:
+        sock.sendall(b"POST %s HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 100\r\n\r\nGET /ping" % path)
+        began = time.monotonic()
+        answer = b""
+        while part := sock.recv(65536):
+            answer += part
+        assert time.monotonic() - began < 1
+    assert b"connection: close" in answer.lower()
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
 @pytest.mark.parametrize("wait", [0.0, 0.15])
 def test_broken_chunks_end_the_request_and_nothing_else(server, wait):
     with server.connect() as sock:

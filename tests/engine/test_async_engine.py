@@ -1,0 +1,270 @@
+"""The seam: many asyncio callers, one step loop."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.engine import resolve
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.errors import ContextLengthError, DrainingError, EngineDeadError, ParameterError, QueueFullError
+from jaxserve.types import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=20)
+
+
+@pytest.fixture
+def make_engine(model: ModelConfig, params: Any) -> Iterator[Callable[..., AsyncEngine]]:
+    engines: list[AsyncEngine] = []
+
+    def make(**changes: Any) -> AsyncEngine:
+        values: dict[str, Any] = {"max_num_seqs": 4, "max_num_batched_tokens": 12, "block_size": 4}
+        values |= {"num_gpu_blocks_override": 41, "compilation_cache_dir": None}
+        engine = AsyncEngine(model, params, EngineConfig(**values | changes))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+            engine.start()
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine(model: ModelConfig, params: Any) -> Iterator[AsyncEngine]:
+    config = EngineConfig(
+        max_num_seqs=4,
+        max_num_batched_tokens=12,
+        block_size=4,
+        num_gpu_blocks_override=41,
+        compilation_cache_dir=None,
+        max_num_queued_reqs=3,
+    )
+    engine = AsyncEngine(model, params, config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+        engine.start()
+    yield engine
+    engine.shutdown()
+
+
+async def collect(engine: AsyncEngine, prompt: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    return [t async for delta in engine.generate(prompt, params) for t in delta.token_ids]
+
+
+async def until_idle(engine: AsyncEngine) -> None:
+    deadline = time.monotonic() + 10
+    while engine.stats().num_running or engine.stats().num_waiting:
+        assert time.monotonic() < deadline, engine.stats()
+        await asyncio.sleep(0.005)
+    assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+def test_streams_side_by_side_equal_dense_recomputation(engine: AsyncEngine, greedy: Callable) -> None:
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, 150, rng.integers(1, 30)).tolist() for _ in range(7)]
+
+    async def run() -> list[list[int]]:
+        return await asyncio.gather(*(collect(engine, p) for p in prompts))
+
+    assert asyncio.run(run()) == [greedy(p, 20) for p in prompts]
+
+
+def test_callers_may_live_in_different_event_loops(engine: AsyncEngine, greedy: Callable) -> None:
+    results: dict[int, list[int]] = {}
+    run = lambda i: results.update({i: asyncio.run(collect(engine, [10 + i] * 5))})  # noqa: E731
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: greedy([10 + i] * 5, 20) for i in range(3)}
+
+
+def test_a_reader_that_leaves_frees_its_blocks_within_two_steps(engine: AsyncEngine) -> None:
+    async def run() -> None:
+        endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        async with aclosing(engine.generate([5, 6], endless)) as stream:
+            await anext(stream)
+            assert engine.stats().num_running == 1
+            steps = engine.stats().num_steps
+        await until_idle(engine)
+        assert engine.stats().num_steps <= steps + 3, "the loop went on for nobody"
+
+        reader = asyncio.create_task(collect(engine, [5, 6], endless))
+        while not engine.stats().num_running:
+            await asyncio.sleep(0.002)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        await until_idle(engine)
+
+    asyncio.run(run())
+
+
+def test_abort_ends_the_stream_with_its_reason(engine: AsyncEngine) -> None:
+    async def run() -> None:
+        endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+        reasons = []
+        async for delta in engine.generate([5, 6], endless, request_id="mine"):
+            await engine.abort("mine")
+            reasons.append(delta.finish_reason)
+        assert reasons[-1] == "abort"
+        assert set(reasons[:-1]) <= {None}
+        await engine.abort("nobody")
+        await until_idle(engine)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "error", "match"),
+    [
+        ([], GREEDY, ParameterError, "at least one token"),
+        ([150], GREEDY, ParameterError, "Token id 150 is out of the vocabulary: ids go from 0 to 149"),
+        ([-1], GREEDY, ParameterError, "Token id -1"),
+        ([2**40], GREEDY, ParameterError, "Token id 1099511627776"),
+        ([1.5], GREEDY, ParameterError, "integer token ids"),
+        ([5] * 64, SamplingParams(max_tokens=None), ContextLengthError, "64 tokens"),
+        ([5] * 50, SamplingParams(max_tokens=15), ContextLengthError, "50 in the prompt, 15 in the completion"),
+        ([5], SamplingParams(logit_bias={150: 1.0}), ParameterError, "'logit_bias': 150. Maximum value is 149"),
+        ([5], SamplingParams(stop_token_ids=[150]), ParameterError, "'stop_token_ids': 150"),
+        ([5], SamplingParams(allowed_token_ids=[150]), ParameterError, "'allowed_token_ids': 150"),
+        ([5], SamplingParams(allowed_token_ids=[3], min_tokens=1), ParameterError, "bans every token"),
+        ([5], SamplingParams(bad_words=["x"]), ParameterError, "bad_words_token_ids"),
+        ([5], SamplingParams(bad_words_token_ids=[[7] * 17]), ParameterError, "1 to 16 tokens"),
+        ([5], SamplingParams(bad_words_token_ids=[[150]]), ParameterError, "0 to 149"),
+        ([5], SamplingParams(bad_words_token_ids=[[7]] * 65), ParameterError, "at most 64"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused_before_any_work(
+    engine: AsyncEngine, prompt: list, sampling: SamplingParams, error: type[Exception], match: str
+) -> None:
+    steps = engine.stats().num_steps
+    with pytest.raises(error, match=match):
+        asyncio.run(collect(engine, prompt, sampling))
+    assert engine.stats().num_steps == steps
+
+
+def test_the_queue_is_bounded_and_the_refused_are_counted(engine: AsyncEngine) -> None:
+    async def run() -> list[Any]:
+        endless = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+        tasks = [collect(engine, [20 + i], endless) for i in range(30)]
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    before = engine.metrics.rejections["queue_full"]
+    results = asyncio.run(run())
+    refused = [r for r in results if isinstance(r, QueueFullError)]
+    served = [r for r in results if isinstance(r, list)]
+    assert len(refused) + len(served) == 30
+    assert refused
+    assert all(len(r) == 30 for r in served)
+    assert engine.metrics.rejections["queue_full"] == before + len(refused)
+
+
+def test_an_id_in_use_is_refused_and_harms_nobody(engine: AsyncEngine) -> None:
+    async def run() -> None:
+        async with aclosing(engine.generate([5], GREEDY, request_id="x")) as first:
+            await anext(first)
+            with pytest.raises(ValueError, match="'x' is in use"):
+                await anext(engine.generate([6], GREEDY, request_id="x"))
+            assert [d async for d in first]
+        assert await collect(engine, [5])
+
+    asyncio.run(run())
+
+
+def test_drain_lets_open_requests_end_and_refuses_new_ones(make_engine: Callable[..., AsyncEngine]) -> None:
+    engine = make_engine()
+
+    async def run() -> None:
+        open_ = asyncio.create_task(collect(engine, [5], SamplingParams(max_tokens=30, ignore_eos=True)))
+        while not engine.stats().num_running:
+            await asyncio.sleep(0.002)
+        drained = asyncio.create_task(engine.drain(30))
+        await asyncio.sleep(0)
+        assert not engine.is_ready
+        with pytest.raises(DrainingError) as refused:
+            await collect(engine, [6])
+        assert refused.value.retry_after_s >= 1
+        assert await drained
+        assert len(await open_) == 30
+
+    asyncio.run(run())
+
+
+def test_drain_aborts_what_outlasts_it(
+    make_engine: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    assert engine._core is not None
+    step = engine._core.step
+    monkeypatch.setattr(engine._core, "step", lambda: (time.sleep(0.02), step())[1])
+
+    async def run() -> None:
+        async def reasons() -> list[Any]:
+            endless = SamplingParams(max_tokens=None, ignore_eos=True)
+            return [d.finish_reason async for d in engine.generate([5], endless)]
+
+        open_ = asyncio.create_task(reasons())
+        while not engine.stats().num_running:
+            await asyncio.sleep(0.002)
+        assert not await engine.drain(0.1)
+        assert (await open_)[-1] == "abort"
+
+    asyncio.run(run())
+
+
+def test_the_death_of_the_loop_reaches_every_caller(
+    make_engine: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine()
+    assert engine._core is not None
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("INTERNAL: injected")
+
+    monkeypatch.setattr(engine._core.runner, "run", fail)
+
+    async def run() -> list[Any]:
+        return await asyncio.gather(*(collect(engine, [5 + i]) for i in range(3)), return_exceptions=True)
+
+    assert [type(e) for e in asyncio.run(run())] == [EngineDeadError] * 3
+    assert not engine.is_ready
+    with pytest.raises(EngineDeadError):
+        asyncio.run(collect(engine, [5]))
+
+
+def test_nothing_leaks_over_a_thousand_requests_with_random_aborts(engine: AsyncEngine) -> None:
+    rng = np.random.default_rng(1)
+    params = SamplingParams(temperature=1.0, max_tokens=6, seed=1)
+
+    async def one(prompt: list[int], leave_after: int) -> None:
+        async with aclosing(engine.generate(prompt, params)) as stream:
+            async for _ in stream:
+                leave_after -= 1
+                if leave_after < 0:
+                    return
+
+    async def run() -> None:
+        for _ in range(150):
+            await asyncio.gather(
+                *(one(rng.integers(4, 150, rng.integers(1, 9)).tolist(), int(rng.integers(0, 9))) for _ in range(7))
+            )
+        await until_idle(engine)
+        assert len(asyncio.all_tasks()) == 1
+
+    threads = threading.active_count()
+    asyncio.run(run())
+    assert engine._streams == {}
+    assert threading.active_count() <= threads + 1
