@@ -10,10 +10,13 @@ from typing import Any
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import ConfigError, ParameterError
-from jaxserve.text.assembler import TextAssembler, TextDelta, resolve_bad_words
-from jaxserve.text.chat import ChatTemplate, encode_chat
+from jaxserve.text.assembler import TextAssembler, TextDelta
+from jaxserve.text.bad_words import resolve_bad_words
+from jaxserve.text.chat import ChatOptions, encode_chat, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import CompletionOutput, Delta, RequestOutput, SamplingParams, TokenLogprobs
+from jaxserve_checkpoints.load import load_model
+from jaxserve_checkpoints.source import resolve
 
 Prompt = str | Sequence[int]
 Message = dict[str, Any]
@@ -64,19 +67,18 @@ class LLM:
         revision: str | None = None,
         **config: Any,
     ) -> None:
-        from jaxserve_checkpoints.load import load_model  # the layer above; only a caller's model needs it
-
         loaded = load_model(model, dtype=dtype, revision=revision)
-        folder = loaded.folder if tokenizer is None else tokenizer
+        folder = loaded.folder if tokenizer is None else resolve(tokenizer).folder
         self._tokenizer = Tokenizer.from_folder(folder)
-        self._chat_template = ChatTemplate.from_folder(folder, self._tokenizer, override=chat_template)
+        self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)
         try:
             engine_config = EngineConfig(**config)
         except TypeError as error:
             fields = ", ".join(EngineConfig.__dataclass_fields__)
             raise ConfigError(f"LLM does not know one of {sorted(config)}. It knows: {fields}.") from error
         self._core = EngineCore(loaded.config, loaded.params, engine_config)
-        self._default_params = SamplingParams(**loaded.generation_defaults)
+        defaults: dict[str, Any] = dict(loaded.generation_defaults)
+        self._default_params = SamplingParams(**defaults)
         self._ids = itertools.count()
 
     def get_tokenizer(self) -> Tokenizer:
@@ -126,10 +128,8 @@ class LLM:
         several = not isinstance(messages[0], dict)
         conversations: Sequence[Any] = messages if several else [messages]
         params = self._params_for(len(conversations), sampling_params)
-        encoded = [
-            encode_chat(self._tokenizer, self._chat_template, list(c), add_generation_prompt=add_generation_prompt)
-            for c in conversations
-        ]
+        options = ChatOptions(add_generation_prompt=add_generation_prompt)
+        encoded = [encode_chat(self._tokenizer, self._chat_template, list(c), options) for c in conversations]
         return self._run([None] * len(encoded), encoded, params, use_tqdm)
 
     def _params_for(self, count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
@@ -164,7 +164,7 @@ class LLM:
         try:
             while True:
                 while num_open < bound and (index := next(waiting, None)) is not None:
-                    assembler = TextAssembler(self._tokenizer, params[index])
+                    assembler = TextAssembler(self._tokenizer, params[index], encoded[index])
                     owner = _Collected(index, texts[index], tuple(encoded[index]), assembler)
                     core.add(ids[index], admitted[index], owner)
                     num_open += 1
@@ -173,7 +173,7 @@ class LLM:
                 for owner, delta in core.step():
                     if results[owner.index] is None and _push(owner, delta):
                         results[owner.index] = _result(ids[owner.index], owner, params[owner.index])
-                        core.abort(ids[owner.index])  # a stop string ended it before the engine did
+                        core.abort(ids[owner.index], "stop")  # if a stop string ended it before the engine did
                         num_open -= 1
                         progress.finish(len(owner.token_ids), len(owner.output_ids))
         finally:

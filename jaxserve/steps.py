@@ -56,7 +56,7 @@ def step(
     index = jnp.minimum(batch.sample_index, shape.num_tokens - 1)
     raw = logits(params, hidden[index])
     tokens, finite = sample(raw, state, batch.sample_rows, batch.positions[index] + 1, batch.features)
-    state = state.replace(last_token=state.last_token.at[batch.sample_rows].set(tokens, mode="drop"))
+    state = replace(state, last_token=state.last_token.at[batch.sample_rows].set(tokens, mode="drop"))
     out = StepOutput(
         sampled=jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1),
         logprobs=jax.lax.cond(
@@ -78,7 +78,7 @@ def _apply_updates(state: DecodeState, batch: StepBatch) -> tuple[DecodeState, S
     tables = state.block_tables.at[batch.update_rows, batch.update_cols].set(batch.update_ids, mode="drop")
     last = state.last_token[jnp.minimum(batch.rows, state.last_token.shape[0] - 1)]
     tokens = jnp.where(batch.tokens < 0, last, batch.tokens)
-    return state.replace(block_tables=tables), batch.replace(tokens=tokens)
+    return replace(state, block_tables=tables), replace(batch, tokens=tokens)
 
 
 def _forward(
@@ -101,7 +101,7 @@ def _forward(
     hidden, layers = forward(
         params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len
     )
-    return hidden, kv.replace(layers=layers)
+    return hidden, replace(kv, layers=layers)
 
 
 def _slots(state: DecodeState, batch: StepBatch, shape: StepShape, num_blocks: int) -> jax.Array:
@@ -129,7 +129,8 @@ def _record_fed(state: DecodeState, batch: StepBatch, shape: StepShape) -> Decod
         ],
         axis=-1,
     )
-    return state.replace(
+    return replace(
+        state,
         prompt_seen=state.prompt_seen.at[prompt_rows, batch.tokens].set(jnp.uint8(1), mode="drop"),
         output_counts=state.output_counts.at[output_rows, batch.tokens].add(1, mode="drop"),
         history=state.history.at[rows].set(shifted, mode="drop"),
@@ -201,7 +202,8 @@ def admit_row(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeState:
     def clear(array: jax.Array) -> jax.Array:
         return array.at[jnp.where(reset != 0, row, array.shape[0])].set(0, mode="drop")
 
-    return state.replace(
+    return replace(
+        state,
         block_tables=state.block_tables.at[row].set(0),
         history=state.history.at[row].set(history),
         prompt_seen=clear(state.prompt_seen),
@@ -222,7 +224,7 @@ def set_row_tables(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeS
     row = parts.pop("row")
     parts["allowed"] = jax.lax.bitcast_convert_type(jnp.atleast_1d(parts["allowed"]), jnp.uint32)
     parts["bad_words"] = parts["bad_words"].reshape(MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS)
-    return state.replace(sampling=_set_row(state.sampling, row, parts))
+    return replace(state, sampling=_set_row(state.sampling, row, parts))
 
 
 def _set_row(sampling: SamplingState, row: jax.Array, values: dict[str, jax.Array]) -> SamplingState:

@@ -23,7 +23,7 @@ from jaxserve.engine.compiled import OnProgress
 from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import DrainingError, EngineDeadError, JaxserveError, QueueFullError
 from jaxserve.metrics import EngineMetrics
-from jaxserve.types import Delta, EngineStats, SamplingParams
+from jaxserve.types import Delta, EngineStats, FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +147,15 @@ class AsyncEngine:
         finally:
             del self._streams[request_id]
             if not stream.done:
-                self._post(lambda core: self._abort(core, request_id))
+                self.abort(request_id)
 
-    async def abort(self, request_id: str) -> None:
-        """Ends a request early: its iterator yields a last delta with finish_reason "abort"."""
-        self._post(lambda core: self._abort(core, request_id))
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """Ends a request early: its iterator yields a last delta with `reason`.
+
+        Args:
+            reason: "stop" where the caller found a stop string in the text.
+        """
+        self._post(lambda core: self._abort(core, request_id, reason))
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests, waits for the open ones, then aborts what is left.
@@ -164,7 +168,7 @@ class AsyncEngine:
         finished = await self._wait_until_empty(deadline)
         if not finished:
             for request_id in list(self._streams):
-                await self.abort(request_id)
+                self.abort(request_id)
             await self._wait_until_empty(time.monotonic() + 1.0)
         return finished
 
@@ -239,10 +243,10 @@ class AsyncEngine:
                 core.metrics.on_rejected("queue_full")
             self._deliver([(stream, error)])
 
-    def _abort(self, core: EngineCore, request_id: str) -> None:
-        stream = core.abort(request_id)
+    def _abort(self, core: EngineCore, request_id: str, reason: FinishReason) -> None:
+        stream = core.abort(request_id, reason)
         if stream is not None:
-            self._deliver([(stream, Delta(finish_reason="abort"))])
+            self._deliver([(stream, Delta(finish_reason=reason))])
 
     def _deliver(self, items: Sequence[tuple[_Stream, Delta | JaxserveError]]) -> None:
         """Hands each stream its items, with one wake-up an event loop."""

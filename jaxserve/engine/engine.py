@@ -142,7 +142,7 @@ class EngineCore:
             self._busy_since = time.monotonic()
         generation = Generation(request_id, admitted, owner, time.monotonic() if arrival_s is None else arrival_s)
         if admitted.params.prompt_logprobs is not None:
-            generation.prompt_logprobs = [None] * admitted.num_prompt
+            generation.prompt_logprobs = [None for _ in range(admitted.num_prompt)]
         self.scheduler.add(
             Request(
                 request_id,
@@ -154,12 +154,16 @@ class EngineCore:
             )
         )
 
-    def abort(self, request_id: str) -> Any | None:
-        """Ends a request in any state and frees what it holds; returns its owner, None if it is not here."""
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> Any | None:
+        """Ends a request in any state and frees what it holds; returns its owner, None if it is not here.
+
+        Args:
+            reason: what the metrics count: "stop" where the caller found a stop string in the text.
+        """
         request = self.scheduler.abort(request_id)
         if request is None:
             return None
-        self._finish_metrics(request.payload, "abort", time.monotonic())
+        self._finish_metrics(request.payload, reason, time.monotonic())
         return request.payload.owner
 
     def step(self) -> list[tuple[Any, Delta]]:
@@ -192,7 +196,8 @@ class EngineCore:
         sequences = self.scheduler.sequences
         now = time.monotonic()
         for row in plan.admitted:
-            generation: Generation = sequences.requests[row].payload
+            request: Request = sequences.requests[row]  # type: ignore[assignment]
+            generation: Generation = request.payload
             self.runner.admit(row, generation.admitted, sequences.known_token_ids(row))
             if generation.scheduled_s is None:
                 generation.scheduled_s = now

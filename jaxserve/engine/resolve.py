@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import jax
 
@@ -16,12 +17,13 @@ KV_TILE = 64
 
 
 def resolve_engine_config(
-    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: jax.Device | None = None
+    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: Any | None = None
 ) -> EngineLimits:
     """Decides every size that `config` left open.
 
     Args:
         weight_bytes: what the parameters take on the device.
+        device: a jax.Device; the first one if None.
 
     Raises:
         ConfigError: the sizes asked for contradict each other or do not fit the memory.
@@ -91,7 +93,7 @@ def _num_blocks(
     max_tokens: int,
     max_model_len: int,
     weight_bytes: int,
-    device: jax.Device,
+    device: Any,
 ) -> int:
     block_bytes = model.kv_bytes_per_token(kv_dtype) * config.block_size
     blocks_per_row = -(-max_model_len // config.block_size)
@@ -117,7 +119,7 @@ def _available_bytes(
     max_num_seqs: int,
     max_tokens: int,
     weight_bytes: int,
-    device: jax.Device,
+    device: Any,
 ) -> int:
     """What is left for KV by the device's own account, or a fixed share of a CPU's memory."""
     if device.platform == "cpu":

@@ -64,7 +64,8 @@ async def run_job(serving: Serving, job: Job) -> AsyncGenerator[Gain, None]:
         ApiError: the engine refused it, or failed.
     """
     assembler = TextAssembler(serving.tokenizer, job.params, prompt_token_ids=job.prompt.token_ids)
-    deltas = serving.engine.generate(job.prompt.token_ids, job.params, request_id=f"gen-{uuid.uuid4().hex}")
+    request_id = f"gen-{uuid.uuid4().hex}"
+    deltas = serving.engine.generate(job.prompt.token_ids, job.params, request_id=request_id)
     async with aclosing(deltas):
         async for delta in deltas:
             if delta.finish_reason == "error":
@@ -78,6 +79,8 @@ async def run_job(serving: Serving, job: Job) -> AsyncGenerator[Gain, None]:
                     break
             yield Gain(job.index, tuple(parts), delta.num_cached_tokens, delta.prompt_logprobs)
             if parts[-1].finish_reason is not None:
+                if delta.finish_reason is None:  # a stop string, which the engine cannot see
+                    serving.engine.abort(request_id, "stop")
                 return
     raise EngineError("The engine's answer ended without a reason.")
 

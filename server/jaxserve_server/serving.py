@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxserve.config import ModelConfig
-from jaxserve.types import Delta, EngineStats, SamplingParams
+from jaxserve.types import Delta, EngineStats, FinishReason, SamplingParams
 
 
 class AsyncEngineLike(Protocol):
@@ -31,7 +31,9 @@ class AsyncEngineLike(Protocol):
         """
         ...
 
-    async def abort(self, request_id: str) -> None: ...
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """Ends a request early; `reason` is "stop" where a stop string was found in its text."""
+        ...
 
     def stats(self) -> EngineStats: ...
 

@@ -117,11 +117,11 @@ def test_abort_ends_the_stream_with_its_reason(engine: AsyncEngine) -> None:
         endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
         reasons = []
         async for delta in engine.generate([5, 6], endless, request_id="mine"):
-            await engine.abort("mine")
+            engine.abort("mine")
             reasons.append(delta.finish_reason)
         assert reasons[-1] == "abort"
         assert set(reasons[:-1]) <= {None}
-        await engine.abort("nobody")
+        engine.abort("nobody")
         await until_idle(engine)
 
     asyncio.run(run())

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxserve.scheduler.finish import ERROR
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequences import Request
@@ -168,6 +169,8 @@ class Simulation:
         plan, tokens = self.undigested.popleft()
         events = self.scheduler.digest(plan, tokens, failed)
         assert np.array_equal(events.rows, plan.sampled_rows)
+        expected_errors = events.live & (False if failed is None else failed)
+        assert np.array_equal(events.finish_codes == ERROR, expected_errors), "the wrong row failed"
         for index in np.flatnonzero(events.live).tolist():
             request_id = events.requests[index].request_id
             result = self.results[request_id]

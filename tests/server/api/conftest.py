@@ -149,7 +149,7 @@ class ScriptedEngine:
             if not finished:
                 self.aborted.append(request_id)
 
-    async def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: str = "abort") -> None:
         self.aborted.append(request_id)
 
     def stats(self) -> EngineStats:

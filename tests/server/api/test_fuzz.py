@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from jaxserve_server.schemas import REFUSED, ChatRequest, CompletionRequest, Message, TokenizeRequest
 
-RELAXED = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NUMBERS = st.one_of(
     st.integers(-3, 70),
     st.integers(),
@@ -23,9 +23,14 @@ LEAVES = st.none() | st.booleans() | NUMBERS | TEXT
 JSON = st.recursive(
     LEAVES, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXT, inner, max_size=4), max_leaves=8
 )
+ARGUMENTS = st.one_of(
+    JSON.map(json.dumps), TEXT, st.integers(0, 2000).map(lambda n: '{"a":' * n + "1" + "}" * n), st.just('{"a": NaN}')
+)
+CALL = st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": TEXT, "arguments": ARGUMENTS | JSON})}) | JSON
 MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]) | JSON, "content": TEXT | JSON},
-    optional={name: JSON for name in Message.__struct_fields__ if name not in ("role", "content")},
+    optional={name: JSON for name in Message.__struct_fields__ if name not in ("role", "content", "tool_calls")}
+    | {"tool_calls": st.lists(CALL, max_size=2)},
 )
 
 

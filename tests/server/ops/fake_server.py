@@ -62,7 +62,7 @@ class CountingEngine:
             self.num_open -= 1
             self.num_aborted += not ended
 
-    async def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: str = "abort") -> None:
         raise NotImplementedError
 
     def stats(self) -> EngineStats:
