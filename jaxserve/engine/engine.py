@@ -207,7 +207,8 @@ class EngineCore:
         for row, start, length in zip(
             plan.prefill_rows.tolist(), plan.prefill_starts.tolist(), plan.prefill_lens.tolist(), strict=True
         ):
-            generation = sequences.requests[row].payload
+            prefilled: Request = sequences.requests[row]  # type: ignore[assignment]
+            generation = prefilled.payload
             if generation.prompt_logprobs is not None:
                 pending.prompt_logprobs.append((generation, start, offset, length))
             offset += length

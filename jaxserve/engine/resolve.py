@@ -17,7 +17,7 @@ KV_TILE = 64
 
 
 def resolve_engine_config(
-    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: Any | None = None
+    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: Any = None
 ) -> EngineLimits:
     """Decides every size that `config` left open.
 
@@ -28,7 +28,7 @@ def resolve_engine_config(
     Raises:
         ConfigError: the sizes asked for contradict each other or do not fit the memory.
     """
-    device = device or jax.devices()[0]
+    device = jax.devices()[0] if device is None else device
     on_cpu = device.platform == "cpu"
     max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
     max_tokens = config.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs)

@@ -37,7 +37,7 @@ class SchedulerLimits:
         max_num_seqs: R, rows of the running batch.
         max_model_len: tokens of the longest sequence.
         max_num_batched_tokens: tokens a step, at least one for each row.
-        max_num_queued_reqs: requests that may wait.
+        max_num_queued_reqs: requests that may wait, beside those for which a row is free.
         eos_token_ids: the model's end-of-sequence ids; a stop at one of them has no stop_reason.
     """
 

@@ -221,7 +221,7 @@ class Scheduler:
             alive_failed = None if failed is None else failed[live]
         self.sequences.append_known(rows, positions, alive_tokens)
         codes = finish.finish_codes(self.sequences, rows, positions + 1, alive_tokens, alive_failed)
-        ended = rows[codes != finish.CONTINUES]
+        ended = rows[codes.nonzero()[0]]  # all codes but CONTINUES
         if not all_live:
             alive_codes, codes = codes, np.zeros(len(live), np.int8)
             codes[live] = alive_codes

@@ -173,6 +173,22 @@ def test_a_failed_row_ends_alone(make_scheduler, make_request) -> None:
     scheduler.check_integrity()
 
 
+@pytest.mark.parametrize("failed", [[True, False, False], [False, True, False], [True, True, True]])
+def test_failures_are_matched_with_the_rows_that_are_left(make_scheduler, make_request, failed: list[bool]) -> None:
+    scheduler = make_scheduler()
+    for name in "abc":
+        scheduler.add(make_request(name, 3, 10))
+    plan = scheduler.plan()
+    scheduler.commit(plan)
+    scheduler.abort("a")
+    events = scheduler.digest(plan, np.array([OTHER] * 3, np.int32), np.array(failed))
+    assert events.live.tolist() == [False, True, True]
+    assert [e.request.request_id for e in events.finished] == [
+        n for n, f in zip("abc", failed, strict=True) if f and n > "a"
+    ]
+    scheduler.check_integrity()
+
+
 def test_one_step_ahead_the_answer_for_an_ended_row_is_dropped(make_scheduler, make_request) -> None:
     scheduler = make_scheduler(max_num_seqs=1)
     scheduler.add(make_request("a", 3, 10, stop_token_ids=(7,)))
@@ -291,13 +307,18 @@ def test_a_request_that_the_pool_can_never_hold_is_refused(make_scheduler, make_
 
 
 def test_a_full_queue_refuses(make_scheduler, make_request) -> None:
-    scheduler = make_scheduler(max_num_queued_reqs=2)
-    for name in "ab":
-        scheduler.add(make_request(name))
-    with pytest.raises(QueueFullError, match=r"2 requests wait, the bound is 2.*max_num_queued_reqs"):
-        scheduler.add(make_request("c"))
+    scheduler = make_scheduler(num_blocks=65, max_num_queued_reqs=2)
+    for i in range(4 + 2):  # four find a free row, two queue
+        scheduler.add(make_request(f"r{i}", num_prompt=4))
+    with pytest.raises(QueueFullError, match=r"6 requests wait, the bound is 2.*max_num_queued_reqs"):
+        scheduler.add(make_request("one more"))
     step(scheduler)
-    scheduler.add(make_request("c"))
+    assert (scheduler.num_running, scheduler.num_waiting) == (4, 2)
+    with pytest.raises(QueueFullError, match="2 requests wait, the bound is 2"):
+        scheduler.add(make_request("one more"))
+    scheduler.abort("r0")
+    scheduler.add(make_request("one more"))
+    scheduler.check_integrity()
 
 
 @pytest.mark.parametrize(

@@ -95,8 +95,9 @@ class ScriptedEngine:
 
     Attributes:
         calls: (prompt, params, request id) of each request.
-        closed: ids whose iterator has ended, for whatever reason.
-        aborted: those of them that were closed before their last delta.
+        yielded: the id of each delta that was given.
+        aborted: ids whose iterator was closed before its last delta.
+        told: (id, reason) of each call of `abort`.
     """
 
     def __init__(self, tokenizer: Tokenizer, reply: str = "hello world", script: Sequence[Any] | None = None):
@@ -106,6 +107,7 @@ class ScriptedEngine:
         self.calls: list[tuple[tuple[int, ...], SamplingParams, str | None]] = []
         self.yielded: list[str | None] = []
         self.aborted: list[str | None] = []
+        self.told: list[tuple[str, str]] = []
         self.is_ready = True
         self.pace: Callable[[], Any] = lambda: asyncio.sleep(0)
 
@@ -150,7 +152,7 @@ class ScriptedEngine:
                 self.aborted.append(request_id)
 
     def abort(self, request_id: str, reason: str = "abort") -> None:
-        self.aborted.append(request_id)
+        self.told.append((request_id, reason))
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 8, 8, 0, 0, 0, 0.0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from jaxserve_server.routes import api_routes
 from jaxserve_server.schemas import REFUSED, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 

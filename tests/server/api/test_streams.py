@@ -273,4 +273,6 @@ def test_a_stop_string_ends_the_engines_request(make_server: Any, stream: bool):
         assert last["text"] == "ab"
     assert (last["finish_reason"], last["stop_reason"]) == ("stop", "cd")
     assert len(server.engine.yielded) == 4
-    assert server.engine.aborted == [server.engine.calls[0][2]]
+    (_, _, request_id) = server.engine.calls[0]
+    assert server.engine.aborted == [request_id]
+    assert server.engine.told == [(request_id, "stop")]  # or its metrics would count a client that left
