@@ -65,12 +65,14 @@ def sample(
     def draw(_: None) -> jax.Array:
         scaled = x / jnp.where(hot, temperature, 1.0)[:, None]
         bits = request_bits(state.sampling.key[rows], positions)
-        drawn = jax.lax.cond(
-            (features & TRUNCATED) != 0,
-            lambda: _draw_truncated(scaled, bits, state, rows, hot),
-            lambda: draw_categorical(scaled, bits),
+        nothing = jnp.zeros_like(greedy), jnp.zeros_like(hot), scaled
+        likeliest, certain, left = jax.lax.cond(
+            (features & TRUNCATED) != 0, lambda: _truncate(scaled, bits, state, rows, hot), lambda: nothing
         )
-        return jnp.where(hot, drawn, greedy)
+        drawn = jax.lax.cond(
+            jnp.any(hot & ~certain), lambda: draw_categorical(left, bits), lambda: jnp.zeros_like(greedy)
+        )
+        return jnp.where(hot, jnp.where(certain, likeliest, drawn), greedy)
 
     tokens = jax.lax.cond((features & SAMPLED) != 0, draw, lambda _: greedy, None)
     return tokens, jnp.isfinite(highest)
@@ -87,11 +89,10 @@ def _first_of(x: Float[Array, "samples vocab"], value: Float[Array, " samples"])
 
 
 def request_bits(key: UInt[Array, "samples 2"], positions: Int[Array, " samples"]) -> UInt[Array, "samples 2"]:
-    """Two uint32 of noise for each (request key, position)."""
+    """Two uint32 of noise for each (request key, position): the words of the folded key itself."""
 
     def one(key: jax.Array, position: jax.Array) -> jax.Array:
-        folded = jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position)
-        return jax.random.bits(folded, (2,), jnp.uint32)
+        return jax.random.key_data(jax.random.fold_in(jax.random.wrap_key_data(key, impl="threefry2x32"), position))
 
     return jax.vmap(one)(key, positions)
 
@@ -177,18 +178,22 @@ def _penalise(x: jax.Array, state: DecodeState, rows: jax.Array) -> jax.Array:
     return x - s.presence_penalty[rows][:, None] * (counts > 0)
 
 
-def _draw_truncated(
+def _truncate(
     x: Float[Array, "samples vocab"],
     bits: UInt[Array, "samples 2"],
     state: DecodeState,
     rows: Int[Array, " samples"],
     hot: Bool[Array, " samples"],
-) -> Int[Array, " samples"]:
-    """One draw a row after min_p, then top-k, then the nucleus (Holtzman et al., arXiv:1904.09751 §3.1).
+) -> tuple[Int[Array, " samples"], Bool[Array, " samples"], Float[Array, "samples vocab"]]:
+    """min_p, then top-k, then the nucleus (Holtzman et al., arXiv:1904.09751 §3.1).
 
     What is kept is nearly always among the 128 likeliest tokens: then those are all that is looked at. A
     row for which that is not certain takes the exact path over the whole vocabulary. Which path a row
     takes depends on that row alone.
+
+    Returns:
+        A draw from the likeliest, whether it is certain that they hold all that is kept, and for rows
+        where it is not, the logits with what is dropped at -inf.
     """
     num_kept = min(_CANDIDATES, x.shape[1])
     top_k, top_p = state.sampling.top_k[rows], state.sampling.top_p[rows]
@@ -208,16 +213,11 @@ def _draw_truncated(
     # Strictly above the last candidate: an equal token may stand outside.
     certain = (no_k | (kth > last)) & ((top_p >= 1) | (index < num_kept)) & (threshold > last)
     choice = _invert(kept * (values >= threshold[:, None]), _uniforms(bits)[:, 0])
-    fast = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
-
-    def exact() -> jax.Array:
-        left = jnp.where(x >= floor[:, None], x, -jnp.inf)
-        cuts = ~certain & hot & ~(no_k & (top_p >= 1))
-        left = jax.lax.cond(jnp.any(cuts), lambda: _cut_top(left, top_k, top_p), lambda: left)
-        return draw_categorical(left, bits)
-
-    exactly = jax.lax.cond(jnp.any(~certain & hot), exact, lambda: fast)
-    return jnp.where(certain, fast, exactly)
+    likeliest = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
+    left = jnp.where(x >= floor[:, None], x, -jnp.inf)
+    cuts = ~certain & hot & ~(no_k & (top_p >= 1))
+    left = jax.lax.cond(jnp.any(cuts), lambda: _cut_top(left, top_k, top_p), lambda: left)
+    return likeliest, certain, left
 
 
 def _cut_top(x: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
