@@ -11,6 +11,7 @@ from jaxtyping import install_import_hook
 
 # Read by jax when it is first imported, here and in the subprocesses that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 
 REPO = Path(__file__).parents[1]
 DEVICE_PACKAGES = ["jaxserve.layers", "jaxserve.models", "jaxserve.ops", "jaxserve.steps"]

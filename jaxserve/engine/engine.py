@@ -6,6 +6,8 @@ meanwhile or is about to. Single-threaded; `async_engine` and `llm` drive it.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -94,7 +96,7 @@ class EngineCore:
         for name, seconds in self.runner.compiled.compile_s.items():
             self.metrics.on_compiled(name, seconds)
         self.scheduler = self._make_scheduler()
-        self._seeds = np.random.default_rng(config.seed)
+        self._num_checked = itertools.count()
         self._pending: _Pending | None = None
         self._num_steps = self._num_failures = 0
         self._busy_since = self._last_token_s = time.monotonic()
@@ -126,7 +128,15 @@ class EngineCore:
         Raises:
             RequestError: it can never be served.
         """
-        return admit(token_ids, params, self.model, self.limits, int(self._seeds.integers(2**63)))
+        return admit(token_ids, params, self.model, self.limits, self._draw_seed())
+
+    def _draw_seed(self) -> int:
+        """A seed for a request that brings none, from the engine's seed and how many were checked before.
+
+        From any thread: `next` of a counter is atomic, a numpy Generator is not.
+        """
+        digest = hashlib.sha256(f"{self.config.seed} {next(self._num_checked)}".encode()).digest()
+        return int.from_bytes(digest[:8], "little", signed=True)
 
     def add(self, request_id: str, admitted: AdmittedParams, owner: Any, arrival_s: float | None = None) -> None:
         """Puts a checked request in line.

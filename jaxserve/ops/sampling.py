@@ -170,12 +170,13 @@ def _add_bias(x: jax.Array, state: DecodeState, rows: jax.Array) -> jax.Array:
 def _penalise(x: jax.Array, state: DecodeState, rows: jax.Array) -> jax.Array:
     """Repetition (Keskar et al., arXiv:1909.05858 §4.1), frequency and presence penalties."""
     s = state.sampling
-    counts = state.output_counts[rows]
+    counts = state.output_counts[rows].astype(jnp.float32)
+    present = (counts > 0).astype(jnp.float32)
     seen = (state.prompt_seen[rows] != 0) | (counts > 0)
     repetition = s.repetition_penalty[rows][:, None]
     x = jnp.where(seen, jnp.where(x > 0, x / repetition, x * repetition), x)
     x = x - s.frequency_penalty[rows][:, None] * counts
-    return x - s.presence_penalty[rows][:, None] * (counts > 0)
+    return x - s.presence_penalty[rows][:, None] * present
 
 
 def _truncate(
@@ -205,14 +206,14 @@ def _truncate(
     kth = jnp.take_along_axis(values, jnp.minimum(top_k, num_kept)[:, None] - 1, axis=-1)[:, 0]
     no_k = top_k >= x.shape[1]
     base = jnp.maximum(floor, jnp.where(no_k, -jnp.inf, kth))
-    kept = jnp.exp(values - values[:, :1]) * (values >= base[:, None])
+    kept = jnp.where(values >= base[:, None], jnp.exp(values - values[:, :1]), 0.0)
     total = jnp.sum(jnp.where(x >= base[:, None], jnp.exp(x - values[:, :1]), 0.0), axis=-1)
     index = jnp.sum(jnp.cumsum(kept, axis=-1) < (top_p * total)[:, None], axis=-1)
     nucleus = jnp.take_along_axis(values, jnp.minimum(index, num_kept - 1)[:, None], axis=-1)[:, 0]
     threshold = jnp.where(top_p < 1, jnp.maximum(base, nucleus), base)
     # Strictly above the last candidate: an equal token may stand outside.
     certain = (no_k | (kth > last)) & ((top_p >= 1) | (index < num_kept)) & (threshold > last)
-    choice = _invert(kept * (values >= threshold[:, None]), _uniforms(bits)[:, 0])
+    choice = _invert(jnp.where(values >= threshold[:, None], kept, 0.0), _uniforms(bits)[:, 0])
     likeliest = jnp.take_along_axis(ids, choice[:, None], axis=-1)[:, 0]
     left = jnp.where(x >= floor[:, None], x, -jnp.inf)
     cuts = ~certain & hot & ~(no_k & (top_p >= 1))

@@ -10,15 +10,17 @@ import hashlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxserve import __version__
 from jaxserve.config import EngineLimits
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.errors import CheckpointError
+from jaxserve.errors import CheckpointError, ConfigError, ParameterError
 from jaxserve.text.chat import load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
+from jaxserve.types import SamplingParams
 from jaxserve_checkpoints.hf_config import generation_defaults
 from jaxserve_checkpoints.load import LoadedModel, load_model
 from jaxserve_checkpoints.source import resolve
@@ -81,16 +83,24 @@ def sampling_defaults(source: str, model: LoadedModel) -> Mapping[str, int | flo
 
     Raises:
         CheckpointError: that folder has none.
+        ConfigError: a value is out of bounds; every request that leaves the field out would be refused.
     """
     if source == "auto":
-        return model.generation_defaults
-    if source == "vllm":
-        return {}
-    if not (Path(source) / "generation_config.json").is_file():
+        defaults = model.generation_defaults
+    elif source == "vllm":
+        defaults = {}
+    elif (Path(source) / "generation_config.json").is_file():
+        defaults = generation_defaults(Path(source))
+    else:
         raise CheckpointError(
             f"--generation-config: {source} has no generation_config.json. Give 'auto', 'vllm' or a folder with one."
         )
-    return generation_defaults(Path(source))
+    checked: dict[str, Any] = dict(defaults)
+    try:
+        SamplingParams(**checked)
+    except ParameterError as error:
+        raise ConfigError(f"generation_config.json: {error} Correct it, or pass --generation-config vllm.") from error
+    return defaults
 
 
 def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:

@@ -1,0 +1,41 @@
+"""What is decided between the options and the engine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxserve.errors import CheckpointError, ConfigError
+from jaxserve_server.loading import model_names, sampling_defaults
+
+
+def model(**defaults: Any) -> Any:
+    return SimpleNamespace(generation_defaults=defaults)
+
+
+def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path) -> None:
+    own = model(temperature=0.6, top_k=20)
+    assert sampling_defaults("auto", own) == {"temperature": 0.6, "top_k": 20}
+    assert sampling_defaults("vllm", own) == {}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0.7}))
+    assert sampling_defaults(str(tmp_path), own) == {"top_p": 0.7}
+    with pytest.raises(CheckpointError, match=r"has no generation_config\.json"):
+        sampling_defaults(str(tmp_path / "nothing"), own)
+
+
+def test_defaults_out_of_bounds_stop_the_start_and_not_every_request() -> None:
+    with pytest.raises(ConfigError, match=r"generation_config\.json: .*'temperature'.*--generation-config vllm"):
+        sampling_defaults("auto", model(temperature=3.5))
+    assert sampling_defaults("vllm", model(temperature=3.5)) == {}
+
+
+def test_a_folder_is_served_under_its_own_name_and_as_it_was_typed(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert model_names(str(folder)) == ("my-model", str(folder))
+    assert model_names("demo") == ("demo",)
+    assert model_names("org/name") == ("org/name",)
