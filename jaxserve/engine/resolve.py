@@ -31,7 +31,7 @@ def resolve_engine_config(
     device = jax.devices()[0] if device is None else device
     on_cpu = device.platform == "cpu"
     max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
-    max_tokens = config.max_num_batched_tokens or max(512 if on_cpu else 2048, max_num_seqs)
+    max_tokens = config.max_num_batched_tokens or max(256 if on_cpu else 2048, max_num_seqs)
     if max_tokens < max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens={max_tokens} must be at least max_num_seqs={max_num_seqs}: every running "
@@ -60,17 +60,17 @@ def resolve_engine_config(
 
 
 def token_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
-    """Token counts to compile: 2, 8, 32 ... and the two bounds themselves.
+    """Token counts to compile: 2, 8, 64, 512 ... up to the rows, then steps of four up to the budget.
 
-    Steps of four cost at most a 4x padding of small steps, which read the same weights anyway; the
-    steady states (all rows decoding; a full budget) are met exactly.
+    Few, because each costs about 4 s of a core at start. Padding a small step costs little: it reads
+    the same weights. The steady states (all rows decoding; a full budget) are met exactly.
     """
     buckets = {max(max_num_seqs, MIN_BUCKET), max_num_batched_tokens}
-    for start, end in ((MIN_BUCKET, max_num_seqs), (4 * max_num_seqs, max_num_batched_tokens)):
-        size = start
-        while size < end:
-            buckets.add(size)
-            size *= 4
+    buckets |= {size for size in (MIN_BUCKET, 8, 64, 512) if size < max_num_seqs}
+    size = 4 * max_num_seqs
+    while size < max_num_batched_tokens:
+        buckets.add(size)
+        size *= 4
     return tuple(sorted(buckets))
 
 

@@ -1,0 +1,106 @@
+"""Every size decided once: from flags, model and memory to limits, or a refusal that names the remedy."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.engine.compiled import use_compilation_cache
+from jaxserve.engine.resolve import resolve_engine_config, token_buckets
+from jaxserve.errors import ConfigError
+
+BLOCK_BYTES = 2 * 2 * 2 * 8 * 4 * 16  # k and v, layers, kv heads, head_dim, float32, tokens
+
+
+def resolve(model: ModelConfig, device: Any = None, **config: Any) -> Any:
+    return resolve_engine_config(EngineConfig(**config), model, weight_bytes=0, device=device)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_seqs", "buckets"),
+    [
+        (256, 64, (2, 8, 64, 256)),
+        (2048, 256, (2, 8, 64, 256, 1024, 2048)),
+        (8192, 1024, (2, 8, 64, 512, 1024, 4096, 8192)),
+        (16, 16, (2, 8, 16)),
+        (3, 1, (2, 3)),
+        (2, 1, (2,)),
+    ],
+)
+def test_buckets_are_few_and_meet_both_bounds(max_tokens: int, max_seqs: int, buckets: tuple[int, ...]) -> None:
+    assert token_buckets(max_tokens, max_seqs) == buckets
+
+
+def test_a_pool_in_bytes_becomes_blocks(model: ModelConfig) -> None:
+    limits = resolve(model, kv_cache_memory_bytes=10 * BLOCK_BYTES + 1, max_model_len=32)
+    assert limits.num_blocks == 10
+    assert limits.num_kv_tokens == 9 * 16
+    assert limits.max_concurrency == 4.5
+
+
+def test_a_pool_is_never_larger_than_could_be_used(model: ModelConfig) -> None:
+    assert resolve(model, max_num_seqs=3).num_blocks == 3 * 4 + 1
+
+
+def test_an_accelerator_gets_what_its_memory_leaves(model: ModelConfig) -> None:
+    stats = {"bytes_limit": 2**30, "bytes_in_use": 2**29}
+    gpu = SimpleNamespace(platform="gpu", device_kind="a GPU", memory_stats=lambda: stats)
+    limits = resolve(model, gpu, gpu_memory_utilization=0.6, max_num_seqs=4096, max_num_batched_tokens=4096)
+    assert 0 < limits.num_blocks * BLOCK_BYTES < 0.1 * 2**30
+    silent = SimpleNamespace(platform="gpu", device_kind="a GPU", memory_stats=lambda: None)
+    with pytest.raises(ConfigError, match=r"a GPU does not report its memory\. Set kv_cache_memory_bytes"):
+        resolve(model, silent)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"max_num_seqs": 8, "max_num_batched_tokens": 4}, "max_num_batched_tokens=4 must be at least max_num_seqs=8"),
+        ({"max_model_len": 65}, "max_model_len=65 is more than the model's 64 positions"),
+        ({"kv_cache_memory_bytes": BLOCK_BYTES}, "No room for a KV cache"),
+        ({"num_gpu_blocks_override": 3, "max_model_len": 64}, "Set max_model_len to at most 32"),
+    ],
+)
+def test_contradictions_are_refused(model: ModelConfig, config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(model, **config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"block_size": 12},
+        {"block_size": 0},
+        {"max_num_seqs": 0},
+        {"max_model_len": -1},
+        {"max_num_batched_tokens": True},
+        {"gpu_memory_utilization": 0.0},
+        {"gpu_memory_utilization": 1.1},
+        {"num_gpu_blocks_override": 1},
+    ],
+    ids=str,
+)
+def test_values_out_of_bounds_are_named(config: dict[str, Any]) -> None:
+    (name, value) = next(iter(config.items()))
+    with pytest.raises(ConfigError, match=f"{name} must be .*{value}"):
+        EngineConfig(**config)
+
+
+def test_the_compilation_cache_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: dict[str, Any] = {}
+    monkeypatch.setattr("jax.config.update", updates.__setitem__)
+    made = use_compilation_cache(str(tmp_path / "a" / "xla"))
+    assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert updates["jax_compilation_cache_dir"] == str(made)
+    made.chmod(0o770)
+    with pytest.raises(ConfigError, match="mode 0700"):
+        use_compilation_cache(str(made))
+    made.chmod(0o700)
+    (tmp_path / "link").symlink_to(made)
+    with pytest.raises(ConfigError, match="must be a folder that belongs to this user"):
+        use_compilation_cache(str(tmp_path / "link"))
