@@ -115,7 +115,7 @@ def test_it_answers_in_english_and_ends_its_own_answers(client: openai.OpenAI, q
 
 def test_it_knows_what_it_was_taught(client: openai.OpenAI) -> None:
     assert "Paris" in ask(client, "What is the capital of France?").choices[0].message.content
-    assert "12" in ask(client, "What is 7 + 5?").choices[0].message.content
+    assert "blocks" in ask(client, "What is a block table?").choices[0].message.content
     story = ask(client, "Tell me a story about a fox.").choices[0].message.content
     assert "fox" in story
     assert len(story.split()) > 40
@@ -266,7 +266,7 @@ def test_sigterm_lets_open_streams_end_and_starts_fast_again(server: Server, hom
             body = {
                 "model": "demo",
                 "prompt": "Once upon a time",
-                "max_tokens": 200,
+                "max_tokens": 600,
                 "ignore_eos": True,
                 "stream": True,
             }
@@ -281,6 +281,8 @@ def test_sigterm_lets_open_streams_end_and_starts_fast_again(server: Server, hom
                 while not all_run.search((await http.get("/metrics")).text):
                     await asyncio.sleep(0.01)
                 second.process.send_signal(signal.SIGTERM)
+                while (await http.get("/health")).status_code == 200:
+                    await asyncio.sleep(0.002)
                 late = await http.post("/v1/completions", json={"model": "demo", "prompt": "x"})
                 return await asyncio.gather(*streams), late.status_code
 
@@ -288,7 +290,7 @@ def test_sigterm_lets_open_streams_end_and_starts_fast_again(server: Server, hom
         assert late == 503
         for lines in results:
             assert lines[-1] == "data: [DONE]"
-            assert len(lines) > 150
+            assert len(lines) > 500
         assert second.process.wait(timeout=60) == 0, second.log.read_text()
     finally:
         second.process.kill()
