@@ -92,9 +92,10 @@ def _forward(
 ) -> tuple[jax.Array, KVCache]:
     slots = _slots(state, batch, shape, kv.layers[0].shape[0])
 
-    def attend(layer: int, cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attend(
+        window: int | None, cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         cache = write_kv(cache, k, v, slots, kv.dtype)
-        window = config.layer_windows[layer]
         out = paged_attention(q, cache, state.block_tables, batch, shape, dtype=kv.dtype, window=window)
         return out, cache
 

@@ -8,6 +8,7 @@ weights' dtype and accumulate in float32.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,8 +21,8 @@ from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import apply_rope, rope_tables
 
 Params = dict[str, Any]
-# (layer, that layer's cache, q [T, K, G, H] already scaled, k [T, K, H], v [T, K, H]) -> (out [T, K, G, H], cache)
-Attend = Callable[[int, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# (the layer's window, its cache, q [T, K, G, H] already scaled, k and v [T, K, H]) -> (out [T, K, G, H], cache)
+Attend = Callable[[int | None, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -50,12 +51,20 @@ def forward(
     """
     x = params["embed"][tokens].astype(jnp.float32)
     tables = rope_tables(positions, config.rope, config.head_dim, max_model_len or config.max_position)
-    new_kv = []
-    for index, layer in enumerate(params["layers"]):
+
+    # Layers with the same window are the same program: traced and lowered once, inlined by the compiler.
+    @partial(jax.jit, static_argnames="window")
+    def run_layer(
+        x: jax.Array, layer: Params, kv_layer: Any, tables: tuple[jax.Array, jax.Array], window: int | None
+    ) -> tuple[jax.Array, Any]:
         h = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
-        out, kv_layer = _attention(layer, h, tables, index, kv[index], attend, config)
+        out, kv_layer = _attention(layer, h, tables, window, kv_layer, attend, config)
         x = x + out
-        x = x + _mlp(layer, rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), config)
+        return x + _mlp(layer, rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), config), kv_layer
+
+    new_kv = []
+    for layer, kv_layer, window in zip(params["layers"], kv, config.layer_windows, strict=True):
+        x, kv_layer = run_layer(x, layer, kv_layer, tables, window)
         new_kv.append(kv_layer)
     return rms_norm(x, params["final_norm"], config.rms_norm_eps), tuple(new_kv)
 
@@ -74,7 +83,7 @@ def _attention(
     layer: Params,
     x: jax.Array,
     tables: tuple[jax.Array, jax.Array],
-    index: int,
+    window: int | None,
     kv_layer: Any,
     attend: Attend,
     config: ModelConfig,
@@ -87,7 +96,7 @@ def _attention(
         k = rms_norm(k, layer["k_norm"], config.rms_norm_eps)
     q = apply_rope(q.reshape(num_tokens, -1, config.head_dim), *tables).reshape(q.shape)
     k = apply_rope(k, *tables)
-    out, kv_layer = attend(index, kv_layer, q * config.head_dim**-0.5, k, v)
+    out, kv_layer = attend(window, kv_layer, q * config.head_dim**-0.5, k, v)
     return linear(out, layer["o"], layer.get("o_bias"), num_in_axes=3), kv_layer
 
 

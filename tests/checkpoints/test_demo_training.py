@@ -125,7 +125,7 @@ def test_relations_have_distinct_questions_and_full_pairs() -> None:
 # --- tokenizer
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=60))
 def test_every_string_round_trips(tokenizer: Tokenizer, text: str) -> None:
     if not any(token in text for token in CONTROL):
@@ -133,7 +133,7 @@ def test_every_string_round_trips(tokenizer: Tokenizer, text: str) -> None:
 
 
 def test_plain_prompts_get_one_bos_and_chats_too(tokenizer: Tokenizer) -> None:
-    bos = tokenizer.token_to_id(BOS)
+    (bos,) = tokenizer.encode(BOS, add_special_tokens=False).ids
     chat = Renderer(tokenizer).chat_ids([{"role": "user", "content": "hi"}], add_generation_prompt=True)
     for ids in (tokenizer.encode("hi").ids, chat):
         assert ids[0] == bos
@@ -164,9 +164,8 @@ def test_packed_rows_hold_whole_documents(tokenizer: Tokenizer) -> None:
 
 
 def test_a_document_does_not_see_its_neighbours(params: Params, tokenizer: Tokenizer) -> None:
-    batch = next(batches(Renderer(tokenizer), 0, "train", 1, 256))
+    batch = next(b for b in batches(Renderer(tokenizer), 0, "train", 1, 256) if (b.segments == 2).any())
     first = batch.segments[0] == 1
-    assert not first.all()
     tokens = batch.tokens.copy()
     tokens[0, int(np.sum(first)) + 1 :] = 5
     changed = batch._replace(tokens=tokens)
