@@ -1,9 +1,14 @@
-"""What the model card reports: losses on both splits, and how often the draft agrees with the chat model."""
+"""What the model card reports: losses on both splits, and how often the draft agrees with the chat model.
+
+python checkpoints/demo_training/evaluate.py checkpoints/jaxserve_checkpoints/demo
+"""
 
 from __future__ import annotations
 
+import argparse
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +16,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from demo_training.corpus import Split
-from demo_training.model import predictions, token_losses
+from demo_training.export import read_params
+from demo_training.model import CHAT, DRAFT, predictions, token_losses
 from demo_training.packing import Batch, batches
 from demo_training.tokenizer import Renderer
 from jaxserve.config import ModelConfig
@@ -66,3 +72,19 @@ def agreement(
 
 def _with(model: tuple[Params, ModelConfig], batch: Batch) -> tuple[Params, Batch, ModelConfig]:
     return model[0], batch, model[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", type=Path, help="holds chat/ and draft/")
+    folder = parser.parse_args().folder
+    tokenizer = Tokenizer.from_file(str(folder / "chat" / "tokenizer.json"))
+    chat, draft = ((read_params(folder / c, m), m) for c, m in (("chat", CHAT), ("draft", DRAFT)))
+    for name, model in (("chat", chat), ("draft", draft)):
+        found = mean_losses(*model, tokenizer, seed=0)
+        print(f"{name:5s}  train {found['train_loss']:.3f}  validation {found['validation_loss']:.3f} nats per token")
+    print(f"agreement {agreement(chat, draft, tokenizer):.1%}")
+
+
+if __name__ == "__main__":
+    main()

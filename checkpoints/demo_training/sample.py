@@ -8,10 +8,7 @@ Without questions it asks a fixed list. DIR is a Hugging Face folder such as che
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tokenizers import Tokenizer
 

@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +87,8 @@ class Run:
     def start(cls, config: ModelConfig, tokenizer: Tokenizer, seed: int) -> Run:
         optimizer = make_optimizer()
         params = init_params(config, seed)
-        return cls(config, tokenizer, params, jax.jit(optimizer.init)(params), optimizer)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes float32 with Python ints and int32 counts
+            return cls(config, tokenizer, params, jax.jit(optimizer.init)(params), optimizer)
 
     def resume(self, path: Path) -> None:
         (self.params, self.state), counts = load_state(path, (self.params, self.state))
@@ -101,9 +99,10 @@ class Run:
 
     def update(self, batch: Batch, scale: float) -> float:
         """One step; returns its loss, so the caller's clock sees the whole step."""
-        self.params, self.state, value = train_step(
-            self.params, self.state, batch, np.float32(scale), config=self.config, optimizer=self.optimizer
-        )
+        with jax.numpy_dtype_promotion("standard"):  # as in `start`
+            self.params, self.state, value = train_step(
+                self.params, self.state, batch, np.float32(scale), config=self.config, optimizer=self.optimizer
+            )
         self.step += 1
         self.tokens += int(np.count_nonzero(batch.segments))
         return float(value)
