@@ -63,7 +63,7 @@ def batch_logits(
     causal = jnp.tril(jnp.ones((length, length), bool))
     bias = jnp.where(causal & (segments[:, :, None] == segments[:, None, :]), 0.0, -1e9)[:, None, None]
 
-    def attend(_: int, kv: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+    def attend(_: int | None, kv: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
         q_BTKGH = q.reshape(rows, length, *q.shape[1:])
         k_BSKH, v_BSKH = (x.reshape(rows, length, *x.shape[1:]) for x in (k, v))
         probs = jax.nn.softmax(jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH) + bias, axis=-1)
