@@ -63,7 +63,7 @@ class StepShape:
     def fields(self) -> dict[str, tuple[int, int]]:
         """(offset, length) of each field in the packed array, in order."""
         lengths = {
-            "header": 4,
+            "header": 3,
             "tokens": self.num_tokens,
             "positions": self.num_tokens,
             "rows": self.num_tokens,
@@ -92,8 +92,7 @@ class StepBatch:
     Padding has row R (one past the last): gathers clamp it, scatters drop it.
 
     Attributes:
-        num_decode, num_tiles, features, max_decode_len: scalars; features is an OR of bits, the last the
-            longest context among decode rows.
+        num_decode, num_tiles, features: scalars; features is an OR of bits.
         tokens: -1 stands for the row's last sampled token.
         targets: for prompt logprobs: the token that follows, or -1.
         sample_index, sample_rows: [S] where in the stream a row's logits are taken, and whose they are.
@@ -104,7 +103,6 @@ class StepBatch:
     num_decode: Int[Array, ""]
     num_tiles: Int[Array, ""]
     features: Int[Array, ""]
-    max_decode_len: Int[Array, ""]
     tokens: Int[Array, " tokens"]
     positions: Int[Array, " tokens"]
     rows: Int[Array, " tokens"]
@@ -121,10 +119,8 @@ class StepBatch:
 def unpack(packed: Int[Array, " packed"], shape: StepShape) -> StepBatch:
     """The fields of a packed step, as slices on the device."""
     parts = {name: packed[offset : offset + length] for name, (offset, length) in shape.fields().items()}
-    num_decode, num_tiles, features, max_decode_len = parts.pop("header")
-    return StepBatch(
-        num_decode=num_decode, num_tiles=num_tiles, features=features, max_decode_len=max_decode_len, **parts
-    )
+    num_decode, num_tiles, features = parts.pop("header")
+    return StepBatch(num_decode=num_decode, num_tiles=num_tiles, features=features, **parts)
 
 
 @struct.dataclass

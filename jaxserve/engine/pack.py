@@ -47,8 +47,7 @@ def pack_step(
     if len(plan.prefill_rows):
         step_features |= int(np.bitwise_or.reduce(features[plan.prefill_rows])) & PROMPT_LOGPROBS
         num_tiles = _pack_prefill(plan, shape, fields, token_ids, num_prompt, step_features)
-    longest = int(plan.decode_positions.max(initial=-1)) + 1
-    fields["header"][:] = (num_decode, num_tiles, step_features, longest)
+    fields["header"][:] = (num_decode, num_tiles, step_features)
     return packed
 
 

@@ -59,18 +59,16 @@ def pack(chunks: list[Chunk], shape: StepShape) -> np.ndarray:
     packed = np.zeros(shape.packed_len, np.int32)
     f = {name: packed[at : at + n] for name, (at, n) in shape.fields().items()}
     f["rows"].fill(shape.max_rows)
-    offset, tiles, longest = 0, [], 0
+    offset, tiles = 0, []
     for chunk in chunks:
         span = slice(offset, offset + chunk.length)
         f["rows"][span], f["positions"][span] = chunk.row, np.arange(chunk.start, chunk.start + chunk.length)
-        if chunk.decode:
-            longest = max(longest, chunk.start + 1)
-        else:
+        if not chunk.decode:
             tiles += [(offset + i, min(shape.q_tile, chunk.length - i)) for i in range(0, chunk.length, shape.q_tile)]
         offset += chunk.length
     for i, (start, length) in enumerate(tiles):
         f["tile_start"][i], f["tile_len"][i] = start, length
-    f["header"][:] = sum(c.decode for c in chunks), len(tiles), 0, longest
+    f["header"][:] = sum(c.decode for c in chunks), len(tiles), 0
     return packed
 
 
