@@ -109,6 +109,8 @@ class EngineConfig:
         max_num_seqs: rows of the running batch.
         max_num_batched_tokens: tokens a step, decode and prefill together; longer prompts are chunked.
         max_num_queued_reqs: bound of the waiting queue; past it requests are refused with 503.
+        queue_timeout: seconds; a request that waits longer for its first step is refused with 503; 0 lets
+            it wait for ever. Of `AsyncEngine` only: an offline run has nobody to answer in time.
         kv_cache_memory_bytes: KV pool size; goes before gpu_memory_utilization.
         gpu_memory_utilization: share of the device's memory for weights, activations and KV.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
@@ -124,6 +126,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_num_queued_reqs: int = 1024
+    queue_timeout: float = 30.0
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
@@ -141,6 +144,8 @@ class EngineConfig:
             raise ConfigError(f"block_size must be a power of two, got {self.block_size}. Try 16.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+        if not self.queue_timeout >= 0:
+            raise ConfigError(f"queue_timeout must be at least 0 seconds, got {self.queue_timeout}.")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
             raise ConfigError(
                 f"num_gpu_blocks_override must be at least 2 (one block is the null block), "

@@ -12,6 +12,7 @@
     │   └── KVBudgetError            fits the context, can never fit the KV pool
     ├── UnavailableError         the engine cannot take it now; `retry_after_s` says when
     │   ├── QueueFullError
+    │   ├── QueueTimeoutError
     │   └── DrainingError
     └── EngineError              the engine failed; not the caller's fault
         ├── NumericalError           the model produced NaN for this request
@@ -110,6 +111,10 @@ class UnavailableError(JaxserveError):
 
 class QueueFullError(UnavailableError):
     """The waiting queue is at its bound."""
+
+
+class QueueTimeoutError(UnavailableError):
+    """The request waited for its first step longer than it may."""
 
 
 class DrainingError(UnavailableError):

@@ -21,7 +21,7 @@ from jaxserve.config import EngineConfig, EngineLimits, ModelConfig
 from jaxserve.engine.admission import AdmittedParams
 from jaxserve.engine.compiled import OnProgress
 from jaxserve.engine.engine import EngineCore
-from jaxserve.errors import DrainingError, EngineDeadError, JaxserveError, QueueFullError
+from jaxserve.errors import DrainingError, EngineDeadError, JaxserveError, QueueFullError, QueueTimeoutError
 from jaxserve.metrics import EngineMetrics
 from jaxserve.types import Delta, EngineStats, FinishReason, SamplingParams
 
@@ -211,6 +211,7 @@ class AsyncEngine:
         try:
             while self._read_mail(core):
                 if core.has_work:
+                    self._expire(core)
                     self._deliver(core.step())
         except Exception as error:
             logger.critical("the step loop ended", exc_info=error)
@@ -244,6 +245,18 @@ class AsyncEngine:
         except JaxserveError as error:
             if isinstance(error, QueueFullError):
                 core.metrics.on_rejected("queue_full")
+            self._deliver([(stream, error)])
+
+    def _expire(self, core: EngineCore) -> None:
+        """Refuses who has waited too long for a first step: better a 503 now than an answer to nobody."""
+        timeout_s = self._config.queue_timeout
+        if not timeout_s or not core.scheduler.num_waiting:
+            return
+        for request_id in core.waiting_since(time.monotonic() - timeout_s):
+            core.metrics.on_rejected("queue_timeout")
+            error = QueueTimeoutError(f"The request waited {timeout_s:g} s for its first step.", retry_after_s=5)
+            stream = core.abort(request_id)
+            assert stream is not None, "it stood in the queue"
             self._deliver([(stream, error)])
 
     def _abort(self, core: EngineCore, request_id: str, reason: FinishReason) -> None:

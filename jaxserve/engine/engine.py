@@ -176,6 +176,20 @@ class EngineCore:
         self._finish_metrics(request.payload, reason, time.monotonic())
         return request.payload.owner
 
+    def waiting_since(self, deadline_s: float) -> list[str]:
+        """Ids of requests that arrived before `deadline_s` (`time.monotonic`) and had no step yet.
+
+        Cost: a look at the head of the queue, which is in order of arrival.
+        """
+        late = []
+        for sequence in self.scheduler.waiting:
+            generation: Generation = sequence.request.payload
+            if generation.arrival_s >= deadline_s:
+                break
+            if generation.scheduled_s is None:  # a preempted one has been served and stays
+                late.append(generation.request_id)
+        return late
+
     def step(self) -> list[tuple[Any, Delta]]:
         """One iteration; returns what each owner gained.
 

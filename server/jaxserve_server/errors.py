@@ -24,6 +24,7 @@ from jaxserve.errors import (
     NumericalError,
     ParameterError,
     QueueFullError,
+    QueueTimeoutError,
     RequestError,
     UnavailableError,
 )
@@ -314,6 +315,8 @@ def from_exception(exc: BaseException, *, what: str = "prompt") -> ApiError:
             return ApiError(ErrorKind.INVALID_VALUE, exc.param, message=str(exc))
         case QueueFullError():
             return ApiError(ErrorKind.SERVER_OVERLOADED, retry_after_s=exc.retry_after_s)
+        case QueueTimeoutError():
+            return ApiError(ErrorKind.QUEUE_TIMEOUT, retry_after_s=exc.retry_after_s)
         case DrainingError():
             return ApiError(ErrorKind.SERVER_DRAINING, retry_after_s=exc.retry_after_s)
         case UnavailableError():

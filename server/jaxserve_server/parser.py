@@ -113,6 +113,12 @@ def add_engine_flags(parser: Parser) -> None:
     add("--max-num-seqs", type=positive, metavar="N", help="sequences a step")
     add("--max-num-batched-tokens", type=positive, metavar="N", help="tokens a step; longer prompts are chunked")
     add("--max-num-queued-reqs", type=positive, metavar="N", help="waiting requests; more get 503 (1024)")
+    add(
+        "--queue-timeout",
+        type=seconds,
+        metavar="S",
+        help="seconds to wait for a first step, then 503 (30); 0: for ever",
+    )
     add("--block-size", type=positive, metavar="N", help="tokens a KV block (16)")
     add("--kv-cache-memory-bytes", type=positive, metavar="BYTES", help="KV pool, e.g. 2GiB; goes before the share")
     add(

@@ -15,7 +15,14 @@ import pytest
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine import resolve
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.errors import ContextLengthError, DrainingError, EngineDeadError, ParameterError, QueueFullError
+from jaxserve.errors import (
+    ContextLengthError,
+    DrainingError,
+    EngineDeadError,
+    ParameterError,
+    QueueFullError,
+    QueueTimeoutError,
+)
 from jaxserve.types import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
@@ -170,6 +177,25 @@ def test_the_queue_is_bounded_and_the_refused_are_counted(engine: AsyncEngine) -
     assert refused
     assert all(len(r) == 30 for r in served)
     assert engine.metrics.rejections["queue_full"] == before + len(refused)
+
+
+def test_who_waits_too_long_for_a_first_step_is_refused(
+    make_engine: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_num_seqs=1, queue_timeout=0.3)
+    assert engine._core is not None
+    step = engine._core.step
+    monkeypatch.setattr(engine._core, "step", lambda: (time.sleep(0.02), step())[1])
+
+    async def run() -> list[Any]:
+        long = SamplingParams(temperature=0, max_tokens=50, ignore_eos=True)  # about a second
+        return await asyncio.gather(*(collect(engine, [5 + i], long) for i in range(3)), return_exceptions=True)
+
+    first, *others = asyncio.run(run())
+    assert len(first) == 50, "the one that runs is not late, however long it takes"
+    assert [type(e) for e in others] == [QueueTimeoutError] * 2
+    assert engine.metrics.rejections["queue_timeout"] == 2
+    assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
 
 def test_an_id_in_use_is_refused_and_harms_nobody(engine: AsyncEngine) -> None:

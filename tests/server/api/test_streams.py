@@ -13,6 +13,7 @@ from jaxserve.errors import (
     KVBudgetError,
     NumericalError,
     QueueFullError,
+    QueueTimeoutError,
 )
 from jaxserve.types import Delta
 
@@ -184,6 +185,7 @@ def test_a_chat_stream_joins_to_the_whole_answer(server: Any, extra: dict[str, A
 
 FAILURES = [
     (QueueFullError("full", retry_after_s=7), 503, "server_overloaded", "7"),
+    (QueueTimeoutError("late", retry_after_s=5), 503, "queue_timeout", "5"),
     (DrainingError("bye"), 503, "server_draining", "1"),
     (KVBudgetError("too large"), 400, "kv_budget_exceeded", None),
     (NumericalError("NaN in row 3 at 0x7f3a"), 500, "internal_error", None),
