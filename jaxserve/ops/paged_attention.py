@@ -12,12 +12,15 @@ context 224 (3 kv heads, 9 query heads, head_dim 64, float32, two cores) took 2.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.state import StepBatch, StepShape
 
+Carry = tuple[jax.Array, jax.Array, jax.Array]  # highest score so far, sum of exp, weighted values
 _DECODE_GROUP = 8  # rows; as fast a row as 64 at once, and short contexts do not wait for long ones
 _FLOOR = -1e30  # the running maximum before any key: finite, so that exp(-inf - floor) is 0 and not NaN
 
@@ -121,8 +124,7 @@ def _attend_group(
     blocks_per_tile = shape.kv_tile // shape.block_size
     positions = lengths - 1
 
-    def body(tile: jax.Array, carry: tuple) -> tuple:
-        high, total, acc = carry
+    def body(tile: jax.Array, carry: Carry) -> Carry:
         blocks = jax.lax.dynamic_slice(tables, (0, tile * blocks_per_tile), (num_rows, blocks_per_tile))
         k, v = _gather_tile(cache, blocks, dtype)
         key_positions = tile * shape.kv_tile + jnp.arange(shape.kv_tile)
@@ -130,21 +132,14 @@ def _attend_group(
         scores = jnp.einsum("bkgh,bskh->bkgs", q, k)
         scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
         v = jnp.where(seen[:, :, None, None], v, 0.0)  # 0 x NaN of a stale block would be NaN
-        new_high = jnp.maximum(high, scores.max(-1))
-        p = jnp.exp(scores - new_high[..., None])
-        shrink = jnp.exp(high - new_high)
-        acc = acc * shrink[..., None] + jnp.einsum("bkgs,bskh->bkgh", p, v)
-        return new_high, total * shrink + p.sum(-1), acc
+        return _fold_tile(carry, scores, lambda p: jnp.einsum("bkgs,bskh->bkgh", p, v))
 
     first = jnp.int32(0)
     if window is not None:
         shortest = jnp.min(jnp.where(lengths > 0, lengths, jnp.iinfo(jnp.int32).max))
         first = jnp.maximum(shortest - window, 0) // shape.kv_tile
     last = -(-jnp.max(lengths) // shape.kv_tile)
-    heads = (num_rows, num_kv, num_groups)
-    start = (jnp.full(heads, _FLOOR), jnp.zeros(heads), jnp.zeros((*heads, head_dim)))
-    _, total, acc = jax.lax.fori_loop(first, last, body, start)
-    return acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+    return _finish(jax.lax.fori_loop(first, last, body, _begin((num_rows, num_kv, num_groups), head_dim)))
 
 
 def _attend_prefill(
@@ -164,6 +159,7 @@ def _attend_prefill(
     num_kv, num_groups, head_dim = q.shape[1:]
     q_tile, kv_tile = shape.q_tile, shape.kv_tile
     blocks_per_tile = kv_tile // shape.block_size
+    heads = (num_kv, num_groups, q_tile)
     q = jnp.pad(q, ((0, q_tile), (0, 0), (0, 0), (0, 0)))  # so that slicing the last tile does not clamp
 
     def attend_tile(index: jax.Array, out: jax.Array) -> jax.Array:
@@ -174,8 +170,7 @@ def _attend_prefill(
         queries = jax.lax.dynamic_slice(q, (start, 0, 0, 0), (q_tile, num_kv, num_groups, head_dim))
         queries = queries.transpose(1, 2, 0, 3).reshape(num_kv, num_groups * q_tile, head_dim)
 
-        def body(tile: jax.Array, carry: tuple) -> tuple:
-            high, total, acc = carry
+        def body(tile: jax.Array, carry: Carry) -> Carry:
             blocks = jax.lax.dynamic_slice(table, (tile * blocks_per_tile,), (blocks_per_tile,))
             k, v = _gather_tile(cache, blocks, dtype)
             key_positions = tile * kv_tile + jnp.arange(kv_tile)
@@ -185,23 +180,44 @@ def _attend_prefill(
             scores = scores.reshape(num_kv, num_groups, q_tile, kv_tile)
             scores = jnp.where(seen & written[None, :], scores, -jnp.inf)
             v = jnp.where(written[:, None, None], v, 0.0).transpose(1, 0, 2)
-            new_high = jnp.maximum(high, scores.max(-1))
-            p = jnp.exp(scores - new_high[..., None])
-            shrink = jnp.exp(high - new_high)
-            pv = jnp.einsum("kqs,ksh->kqh", p.reshape(num_kv, -1, kv_tile), v).reshape(acc.shape)
-            return new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + pv
+            return _fold_tile(
+                carry,
+                scores,
+                lambda p: jnp.einsum("kqs,ksh->kqh", p.reshape(num_kv, -1, kv_tile), v).reshape((*heads, head_dim)),
+            )
 
         first = jnp.int32(0)
         if window is not None:
             first = jnp.maximum(first_position - window + 1, 0) // kv_tile
         last = -(-(first_position + batch.tile_len[index]) // kv_tile)
-        heads = (num_kv, num_groups, q_tile)
-        begin = (jnp.full(heads, _FLOOR), jnp.zeros(heads), jnp.zeros((*heads, head_dim)))
-        _, total, acc = jax.lax.fori_loop(first, last, body, begin)
-        acc = acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
+        acc = _finish(jax.lax.fori_loop(first, last, body, _begin(heads, head_dim)))
         return jax.lax.dynamic_update_slice(out, acc.transpose(2, 0, 1, 3), (start, 0, 0, 0))
 
     return jax.lax.fori_loop(0, batch.num_tiles, attend_tile, out)
+
+
+def _begin(heads: tuple[int, ...], head_dim: int) -> Carry:
+    return jnp.full(heads, _FLOOR), jnp.zeros(heads), jnp.zeros((*heads, head_dim))
+
+
+def _fold_tile(carry: Carry, scores: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> Carry:
+    """Takes one more tile of keys in.
+
+    Args:
+        scores: [..., keys], -inf where a key may not be seen.
+        weigh: p [..., keys] -> the tile's values weighted by p, [..., H].
+    """
+    high, total, acc = carry
+    new_high = jnp.maximum(high, scores.max(-1))
+    p = jnp.exp(scores - new_high[..., None])
+    shrink = jnp.exp(high - new_high)
+    return new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + weigh(p)
+
+
+def _finish(carry: Carry) -> jax.Array:
+    """The weighted values [..., H]; 0 for a query that saw no key (padding)."""
+    _, total, acc = carry
+    return acc / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
 def _visible(key_positions: Int[Array, "..."], positions: Int[Array, "..."], window: int | None) -> jax.Array:
