@@ -191,9 +191,7 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _push(owner: _Collected, delta: Delta) -> bool:
-    """Adds a delta; True when the result is complete."""
-    if delta.error is not None:
-        raise delta.error
+    """Adds a delta; True when the result is complete, be it with finish_reason "error": the others go on."""
     if delta.prompt_logprobs is not None:
         owner.prompt_logprobs = delta.prompt_logprobs
     text = owner.assembler.push(delta)

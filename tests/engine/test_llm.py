@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -84,6 +85,27 @@ def test_a_bad_request_leaves_nothing_behind(llm: LLM) -> None:
         llm.generate([[]], GREEDY, use_tqdm=False)
     stats = llm._core.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, stats.num_blocks)
+
+
+def test_one_request_s_nan_costs_the_others_nothing(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = ["The sun", "A fox and a bear", "Water"]
+    want = llm.generate(prompts, GREEDY, use_tqdm=False)
+    fetch, steps = llm._core.runner.fetch, iter(range(10**6))
+
+    def failing_once(running: Any) -> Any:
+        answer = fetch(running)
+        failed = answer.failed.copy()
+        failed[1:2] = next(steps) == 3  # the second row of the fourth step
+        return replace(answer, failed=failed)
+
+    monkeypatch.setattr(llm._core.runner, "fetch", failing_once)
+    got = llm.generate(prompts, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].finish_reason for o in got].count("error") == 1
+    for a, b in zip(want, got, strict=True):
+        if b.outputs[0].finish_reason == "error":
+            assert a.outputs[0].token_ids[: len(b.outputs[0].token_ids)] == b.outputs[0].token_ids
+        else:
+            assert a.outputs == b.outputs
 
 
 def test_the_bar_shows_speeds(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:
