@@ -2,12 +2,15 @@
 
     python -m benchmarks.scheduler [--quick] [--json FILE]
 
-Decode iterations run one step ahead, as in the engine: plan, commit, digest of the step before. Rows stand at
+Decode iterations run one step ahead, as in the engine: plan, commit, pack, digest of the step before. Rows stand at
 random places in their blocks, so that one in sixteen opens a block in each step. No device: tokens are made up.
 Times are processor time of the thread, so that other programs on the machine do not count.
 
+Then a prompt of 8,192 tokens arrives in each iteration, all of it in the prefix cache, while 64 rows decode: what the
+iteration takes more than one without it, from `add` to the end of the request.
+
 The pressure rows are 600 requests with lognormal lengths (median 128 prompt and 128 output tokens) on 64 rows and
-a pool of 40 % of what those rows want.
+a pool of 40 % of what those rows want. No two prompts begin alike.
 """
 
 from __future__ import annotations
@@ -15,85 +18,104 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections import Counter, deque
+from collections import Counter
 
 import numpy as np
 
 from benchmarks.report import Report
-from jaxserve.cache.blocks import BlockPool, blocks_for
+from jaxserve.cache.blocks import blocks_for
+from jaxserve.engine.pack import pack_step
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequences import Request
+from jaxserve.state import StepShape
 
 EOS, OTHER = 5, 7
 BLOCK_SIZE = 16
 MAX_MODEL_LEN = 8192
+LONG_PROMPT = 8192
 
 
-def running_scheduler(num_rows: int, max_total_len: int = MAX_MODEL_LEN) -> tuple[Scheduler, StepPlan]:
-    """A scheduler whose rows all decode, and the last committed plan, whose answer is due."""
+def running_scheduler(
+    num_rows: int, num_spare_rows: int = 0, num_spare_blocks: int = 0, max_model_len: int = MAX_MODEL_LEN
+) -> tuple[Scheduler, StepPlan]:
+    """A scheduler with `num_rows` rows that all decode, and the last committed plan, whose answer is due."""
     limits = SchedulerLimits(
-        num_blocks=1 + num_rows * blocks_for(MAX_MODEL_LEN, BLOCK_SIZE),
+        num_blocks=1 + num_rows * blocks_for(max_model_len, BLOCK_SIZE) + num_spare_blocks,
         block_size=BLOCK_SIZE,
-        max_num_seqs=num_rows,
-        max_model_len=MAX_MODEL_LEN,
+        max_num_seqs=num_rows + num_spare_rows,
+        max_model_len=max_model_len,
         max_num_batched_tokens=8192,
         max_num_queued_reqs=2 * num_rows,
         eos_token_ids=(EOS,),
     )
     scheduler = Scheduler(limits)
-    lens = np.random.default_rng(0).integers(100, 200, num_rows)
-    for index, num_prompt in enumerate(lens.tolist()):
-        scheduler.add(Request(f"r{index}", np.zeros(num_prompt, np.int32), max_total_len, (EOS,)))
+    for index, num_prompt in enumerate(np.random.default_rng(0).integers(100, 200, num_rows).tolist()):
+        scheduler.add(Request(f"r{index}", prompt_of(index, num_prompt), max_model_len, (EOS,)))
     plan = step(scheduler, None)
     while scheduler.num_waiting or len(scheduler.sequences.prefill_rows()):
         plan = step(scheduler, plan)
     return scheduler, step(scheduler, plan)
 
 
+def prompt_of(index: int, length: int) -> np.ndarray:
+    """int32[length]: the prompt of one request; no two begin alike."""
+    prompt = np.zeros(length, np.int32)
+    prompt[0] = index
+    return prompt
+
+
 def step(scheduler: Scheduler, previous: StepPlan | None) -> StepPlan:
     """One iteration, one step ahead."""
-    plan = scheduler.plan()
-    scheduler.commit(plan)
+    plan = scheduler.commit(scheduler.plan())
     if previous is not None:
         scheduler.digest(previous, np.full(len(previous.sampled_rows), OTHER, np.int32))
     return plan
 
 
+def shape_for(scheduler: Scheduler, num_tokens: int) -> StepShape:
+    """The engine's layout of a step of that many tokens."""
+    limits = scheduler.limits
+    return StepShape(num_tokens, limits.max_num_seqs, limits.max_blocks_per_row, BLOCK_SIZE, q_tile=64, kv_tile=64)
+
+
 def decode_iterations(report: Report, num_rows: int, num_steps: int) -> None:
-    """Rows for plan, commit, digest and their sum, in microseconds."""
+    """Rows for plan, commit, pack, digest and their sum, in microseconds."""
     scheduler, previous = running_scheduler(num_rows)
-    tokens = np.full(num_rows, OTHER, np.int32)
-    laps_ns = np.zeros((num_steps, 4), np.int64)
+    tokens, failed = np.full(num_rows, OTHER, np.int32), np.zeros(num_rows, bool)
+    shape, features = shape_for(scheduler, num_rows), np.zeros(num_rows, np.int32)
+    sequences = scheduler.sequences
+    laps_ns = np.zeros((num_steps, 5), np.int64)
     for index in range(num_steps):
         t0 = time.thread_time_ns()
-        plan = scheduler.plan()
+        decision = scheduler.plan()
         t1 = time.thread_time_ns()
-        scheduler.commit(plan)
+        plan = scheduler.commit(decision)
         t2 = time.thread_time_ns()
-        scheduler.digest(previous, tokens)
+        pack_step(plan, shape, sequences.token_ids, sequences.num_prompt, features)
         t3 = time.thread_time_ns()
+        scheduler.digest(previous, tokens, failed)
+        t4 = time.thread_time_ns()
         previous = plan
-        laps_ns[index] = t1 - t0, t2 - t1, t3 - t2, t3 - t0
+        laps_ns[index] = t1 - t0, t2 - t1, t3 - t2, t4 - t3, t4 - t0
     scheduler.check_integrity()
-    for column, name in enumerate(("plan", "commit", "digest")):
+    for column, name in enumerate(("plan", "commit", "pack", "digest")):
         report.add(f"decode, {num_rows} rows: {name}, p50", np.median(laps_ns[:, column]) / 1e3, "us")
-    report.add(f"decode, {num_rows} rows: in all, p50", np.median(laps_ns[:, 3]) / 1e3, "us", "< 50")
-    report.add(f"decode, {num_rows} rows: in all, p99", np.percentile(laps_ns[:, 3], 99) / 1e3, "us", "< 100")
+    report.add(f"decode, {num_rows} rows: in all, p50", np.median(laps_ns[:, 4]) / 1e3, "us")
+    report.add(f"decode, {num_rows} rows: in all, p99", np.percentile(laps_ns[:, 4], 99) / 1e3, "us", "< 100")
 
 
 def turnover(report: Report, num_rows: int, num_requests: int) -> None:
     """What one request more costs: added, admitted, prefilled in one chunk, ended, freed."""
     scheduler, previous = running_scheduler(num_rows)
-    prompt = np.zeros(150, np.int32)
     laps_ns = []
     for index in range(num_requests):
         previous = step(scheduler, previous)
-        victim = next(iter(scheduler.sequences.requests)).request_id
+        victim = next(s for s in scheduler.sequences.sequences if s is not None).request.request_id
         start = time.thread_time_ns()
         scheduler.abort(victim)
-        scheduler.add(Request(f"n{index}", prompt, MAX_MODEL_LEN, (EOS,)))
+        scheduler.add(Request(f"n{index}", prompt_of(num_rows + index, 150), MAX_MODEL_LEN, (EOS,)))
         previous = step(scheduler, previous)
         middle = time.thread_time_ns()
         previous = step(scheduler, previous)
@@ -101,23 +123,38 @@ def turnover(report: Report, num_rows: int, num_requests: int) -> None:
     report.add(f"one request out, one in, {num_rows} rows", float(np.median(laps_ns)) / 1e3, "us")
 
 
-def blocks(report: Report, num_rounds: int) -> None:
-    """Allocation and free of a block, one by one and in bulk."""
-    pool = BlockPool(65536)
-    for count in (1, 64, 512):
-        held = deque(pool.allocate(count) for _ in range(32))
+def cached_arrivals(report: Report, num_rows: int, num_requests: int) -> None:
+    """What a prompt of 512 blocks costs that the cache has: added, looked up, shared, fed, ended, let go."""
+    num_blocks = LONG_PROMPT // BLOCK_SIZE
+    scheduler, previous = running_scheduler(num_rows, 4, 4 * num_blocks, LONG_PROMPT + BLOCK_SIZE)
+    prompt = np.random.default_rng(1).integers(100, 30000, LONG_PROMPT).astype(np.int32)
+    scheduler.add(Request("first", prompt, LONG_PROMPT + 1))
+    while scheduler.num_running > num_rows or scheduler.num_waiting:
+        previous = step(scheduler, previous)
+    hits, laps_ns = scheduler.counters.prefix_hits, np.zeros((num_requests, 2), np.int64)
+    for index in range(num_requests):
+        for _ in range(3):  # the last one has ended; what an iteration takes without any
+            t0 = time.thread_time_ns()
+            previous = step(scheduler, previous)
+            plain_ns = time.thread_time_ns() - t0
         start = time.thread_time_ns()
-        for _ in range(num_rounds):
-            pool.free(held.popleft())
-            held.append(pool.allocate(count))
-        each_us = (time.thread_time_ns() - start) / 1e3 / num_rounds / count
-        report.add(f"block freed and allocated, {count} at a time", each_us, "us", "< 1" if count > 1 else None)
-        for ids in held:
-            pool.free(ids)
+        scheduler.add(Request(f"long{index}", prompt, LONG_PROMPT + 1))
+        previous = step(scheduler, previous)
+        previous = step(scheduler, previous)
+        laps_ns[index] = time.thread_time_ns() - start, 2 * plain_ns
+        assert scheduler.num_running == num_rows
+    assert scheduler.counters.prefix_hits - hits == num_requests * (LONG_PROMPT - 1)
+    each_us = (laps_ns[:, 0] - laps_ns[:, 1]) / 1e3
+    report.add(f"cached prompt of 512 blocks, {num_rows} rows, p50", np.median(each_us), "us", "< 1000")
+    report.add(f"cached prompt of 512 blocks, {num_rows} rows, p99", np.percentile(each_us, 99), "us", None)
 
 
-def pressure(report: Report, num_requests: int) -> None:
-    """Tokens computed twice, and preemptions, when the pool is too small for the rows."""
+def pressure(report: Report, num_requests: int, swap_share: float, caches: bool, name: str) -> None:
+    """Tokens computed twice, and preemptions, when the pool is too small for the rows.
+
+    Args:
+        swap_share: host memory, in pools.
+    """
     num_rows, rng = 64, np.random.default_rng(0)
     prompts, outputs = np.clip(rng.lognormal(np.log(128), 0.8, (2, num_requests)), 4, 1024).astype(int)
     wanted = num_rows * blocks_for(prompts + outputs, BLOCK_SIZE).mean()
@@ -128,21 +165,26 @@ def pressure(report: Report, num_requests: int) -> None:
         max_model_len=2048,
         max_num_batched_tokens=512,
         max_num_queued_reqs=num_requests,
+        num_swap_blocks=int(swap_share * 0.4 * wanted),
+        enable_prefix_caching=caches,
     )
     scheduler = Scheduler(limits)
     for index, (num_prompt, num_output) in enumerate(zip(prompts.tolist(), outputs.tolist(), strict=True)):
-        scheduler.add(Request(f"r{index}", np.zeros(num_prompt, np.int32), num_prompt + num_output))
-    preemptions, num_fed, num_steps, previous = Counter(), 0, 0, None
+        scheduler.add(Request(f"r{index}", prompt_of(index, num_prompt), num_prompt + num_output))
+    preemptions: Counter[str] = Counter()
+    num_fed, num_steps, previous = 0, 0, None
     while scheduler.num_running or scheduler.num_waiting:
         previous = step(scheduler, previous)
-        preemptions.update(previous.preempted)
+        preemptions.update(gone.request_id for gone in previous.preempted)
         num_fed += previous.num_tokens
         num_steps += 1
-    num_needed = int((prompts + outputs - 1).sum())
-    report.add("pool at 40 %: tokens computed twice", 100 * (num_fed / num_needed - 1), "% of all")
-    report.add("pool at 40 %: requests preempted", 100 * len(preemptions) / num_requests, "%")
-    report.add("pool at 40 %: preemptions a request, most", max(preemptions.values(), default=0), "", "<= 5")
-    report.add("pool at 40 %: steps", num_steps, "")
+    num_needed, counters = int((prompts + outputs - 1).sum()), scheduler.counters
+    target = "<= 1" if swap_share else None
+    report.add(f"pool at 40 %, {name}: tokens computed twice", 100 * (num_fed / num_needed - 1), "% of all", target)
+    report.add(f"pool at 40 %, {name}: preemptions by swap", counters.swap_preemptions, "")
+    report.add(f"pool at 40 %, {name}: preemptions by recompute", counters.recompute_preemptions, "")
+    report.add(f"pool at 40 %, {name}: of a request, most", max(preemptions.values(), default=0), "", "<= 5")
+    report.add(f"pool at 40 %, {name}: steps", num_steps, "")
 
 
 def main() -> None:
@@ -156,8 +198,11 @@ def main() -> None:
         decode_iterations(report, num_rows, num_steps)
         gc.collect()  # the tables of one size must not be torn down during the next
     turnover(report, 256, num_steps // 10)
-    blocks(report, num_steps)
-    pressure(report, 300 if args.quick else 600)
+    cached_arrivals(report, 64, num_steps // 10)
+    num_requests = 300 if args.quick else 600
+    pressure(report, num_requests, 1.0, True, "swap")
+    pressure(report, num_requests, 0.0, True, "no swap")
+    pressure(report, num_requests, 0.0, False, "no swap, no cache")
     report.finish(args.json)
 
 

@@ -14,13 +14,22 @@ if TYPE_CHECKING:
     from jaxserve.engine.async_engine import AsyncEngine
     from jaxserve.errors import JaxserveError
     from jaxserve.llm import LLM
-    from jaxserve.types import CompletionOutput, Delta, RequestOutput, SamplingParams
+    from jaxserve.types import (
+        BeamSearchOutput,
+        BeamSearchParams,
+        CompletionOutput,
+        Delta,
+        RequestOutput,
+        SamplingParams,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "Delta",
     "EngineConfig",
@@ -34,6 +43,8 @@ __all__ = [
 _MODULE_OF_NAME = {
     "LLM": "jaxserve.llm",
     "AsyncEngine": "jaxserve.engine.async_engine",
+    "BeamSearchOutput": "jaxserve.types",
+    "BeamSearchParams": "jaxserve.types",
     "CompletionOutput": "jaxserve.types",
     "Delta": "jaxserve.types",
     "EngineConfig": "jaxserve.config",

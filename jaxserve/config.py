@@ -115,6 +115,9 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory for weights, activations and KV.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
         kv_cache_dtype: "auto" is the model's dtype.
+        enable_prefix_caching: keep the KV of past prompts and outputs for requests that begin with them.
+        swap_space: GiB of host memory for the KV of preempted sequences; 0 computes them again instead.
+        verify_swaps: checksum every block on its way to host memory and back. For tests: about 1 GB/s.
         seed: draws the seeds of requests that bring none.
         async_scheduling: plan step n+1 while step n runs. Off: digest each step before the next.
         compilation_cache_dir: where compiled programs are kept between starts; None keeps none. It must
@@ -131,6 +134,9 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    enable_prefix_caching: bool = True
+    swap_space: float = 4.0
+    verify_swaps: bool = False
     seed: int = 0
     async_scheduling: bool = True
     compilation_cache_dir: str | None = "~/.cache/jaxserve/xla"
@@ -146,6 +152,8 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
         if not self.queue_timeout >= 0:
             raise ConfigError(f"queue_timeout must be at least 0 seconds, got {self.queue_timeout}.")
+        if not 0 <= self.swap_space < float("inf"):
+            raise ConfigError(f"swap_space must be a number of GiB of at least 0, got {self.swap_space}.")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
             raise ConfigError(
                 f"num_gpu_blocks_override must be at least 2 (one block is the null block), "
@@ -162,6 +170,8 @@ class EngineLimits:
         max_blocks_per_row: entries of a block table.
         token_buckets: the token counts that steps are compiled for, ascending.
         q_tile, kv_tile: tokens a tile in XLA attention.
+        num_swap_blocks: blocks that host memory holds for preempted sequences.
+        swap_buckets: the block counts that copies to and from host memory are compiled for, ascending.
     """
 
     max_model_len: int
@@ -175,6 +185,8 @@ class EngineLimits:
     token_buckets: tuple[int, ...]
     q_tile: int
     kv_tile: int
+    num_swap_blocks: int = 0
+    swap_buckets: tuple[int, ...] = ()
 
     @property
     def num_kv_tokens(self) -> int:

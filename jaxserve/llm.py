@@ -3,38 +3,33 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxserve.checks import check_cache_salt
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import ConfigError, ParameterError
-from jaxserve.text.assembler import TextAssembler, TextDelta
+from jaxserve.results import Collected, ranked_params
 from jaxserve.text.bad_words import resolve_bad_words
 from jaxserve.text.chat import ChatOptions, encode_chat, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import CompletionOutput, Delta, RequestOutput, SamplingParams, TokenLogprobs
+from jaxserve.types import BeamSearchOutput, BeamSearchParams, RequestOutput, SamplingParams
 from jaxserve_checkpoints.load import load_model
 from jaxserve_checkpoints.source import resolve
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Message = dict[str, Any]
 
 
-@dataclass(slots=True, eq=False)
-class _Collected:
-    """One prompt's result while it grows."""
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One prompt as the engine takes it; `text` is None where the caller gave token ids or messages."""
 
-    index: int
-    prompt: str | None
-    token_ids: tuple[int, ...]
-    assembler: TextAssembler
-    text: list[str] = field(default_factory=list)
-    output_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    last: TextDelta | None = None
+    text: str | None
+    token_ids: Sequence[int]
+    cache_salt: str | None
 
 
 class LLM:
@@ -88,27 +83,47 @@ class LLM:
         """What the model's generation_config.json recommends."""
         return self._default_params
 
+    def reset_prefix_cache(self) -> int:
+        """Forgets the KV of past prompts and outputs; returns how many blocks of it there were."""
+        return self._core.reset_prefix_cache()
+
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        cache_salt: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Continues every prompt; results in the order of the prompts.
 
         Args:
-            prompts: a text, or token ids, or a list of either.
+            prompts: a text, or token ids, or vLLM's {"prompt": text} or {"prompt_token_ids": ids}, which may
+                have a "cache_salt" of its own; or a list of these.
             sampling_params: one for all, or one each; the model's defaults if None.
+            cache_salt: one for all, or one each: the prefix cache shows a prompt only what was computed
+                under the same salt.
 
         Raises:
             RequestError: a prompt or parameter cannot be served; nothing was generated.
         """
-        listed = _as_prompts(prompts)
-        params = self._params_for(len(listed), sampling_params)
-        encoded = [self._tokenizer.encode(p) if isinstance(p, str) else list(p) for p in listed]
-        texts = [p if isinstance(p, str) else None for p in listed]
-        return self._run(texts, encoded, params, use_tqdm)
+        inputs = self._inputs(prompts, cache_salt)
+        params = self._params_for(len(inputs), sampling_params)
+        return [collected.request_output() for collected in self._run(inputs, params, use_tqdm)]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt that a search over `params.beam_width` beams finds.
+
+        Args:
+            prompts: as for `generate`.
+
+        Raises:
+            RequestError: a prompt or parameter cannot be served; nothing was generated.
+        """
+        inputs = self._inputs(prompts, None)
+        return [collected.beam_output() for collected in self._run(inputs, [params] * len(inputs), use_tqdm)]
 
     def chat(
         self,
@@ -117,20 +132,49 @@ class LLM:
         *,
         use_tqdm: bool = True,
         add_generation_prompt: bool = True,
+        cache_salt: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several.
 
         Args:
             messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
+            cache_salt: as for `generate`.
         """
         if not messages:
             raise ParameterError("'messages' must not be empty.", param="messages", code="empty_array")
         several = not isinstance(messages[0], dict)
         conversations: Sequence[Any] = messages if several else [messages]
         params = self._params_for(len(conversations), sampling_params)
+        salts = _salts_for(len(conversations), cache_salt)
         options = ChatOptions(add_generation_prompt=add_generation_prompt)
         encoded = [encode_chat(self._tokenizer, self._chat_template, list(c), options) for c in conversations]
-        return self._run([None] * len(encoded), encoded, params, use_tqdm)
+        inputs = [_Input(None, ids, salt) for ids, salt in zip(encoded, salts, strict=True)]
+        return [collected.request_output() for collected in self._run(inputs, params, use_tqdm)]
+
+    def _inputs(
+        self, prompts: Prompt | Sequence[Prompt], cache_salt: str | Sequence[str | None] | None
+    ) -> list[_Input]:
+        listed = _as_prompts(prompts)
+        salts = _salts_for(len(listed), cache_salt)
+        return [self._input(prompt, salt) for prompt, salt in zip(listed, salts, strict=True)]
+
+    def _input(self, prompt: Prompt, salt: str | None) -> _Input:
+        if isinstance(prompt, str):
+            return _Input(prompt, self._tokenizer.encode(prompt), salt)
+        if not isinstance(prompt, Mapping):
+            return _Input(None, list(prompt), salt)
+        text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if token_ids is None and isinstance(text, str):
+            token_ids = self._tokenizer.encode(text)
+        if token_ids is None or prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}:
+            raise ParameterError(
+                "A prompt's dict has a string 'prompt' or a list 'prompt_token_ids', and may have a 'cache_salt'; "
+                f"got {sorted(prompt)}.",
+                param="prompts",
+            )
+        own_salt = prompt.get("cache_salt")
+        check_cache_salt(own_salt)
+        return _Input(text, list(token_ids), salt if own_salt is None else own_salt)
 
     def _params_for(self, count: int, params: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
@@ -148,80 +192,56 @@ class LLM:
         ]
 
     def _run(
-        self,
-        texts: Sequence[str | None],
-        encoded: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+        self, inputs: Sequence[_Input], params: Sequence[SamplingParams] | Sequence[BeamSearchParams], use_tqdm: bool
+    ) -> list[Collected]:
         core = self._core
-        admitted = [core.check(ids, p) for ids, p in zip(encoded, params, strict=True)]
-        results: list[RequestOutput | None] = [None] * len(encoded)
-        ids = [f"llm-{next(self._ids)}" for _ in encoded]
-        progress = _Progress(len(encoded), use_tqdm)
-        waiting = iter(range(len(encoded)))
-        num_open, bound = 0, core.limits.max_num_seqs + core.limits.max_num_queued_reqs // 2
+        asked = [ranked_params(p) if isinstance(p, SamplingParams) else p for p in params]
+        admitted = [core.check(i.token_ids, p, i.cache_salt) for i, p in zip(inputs, asked, strict=True)]
+        collected = [
+            Collected(place, f"llm-{next(self._ids)}", i.text, i.token_ids, p, self._tokenizer)
+            for place, (i, p) in enumerate(zip(inputs, params, strict=True))
+        ]
+        progress = _Progress(len(inputs), use_tqdm)
+        waiting = iter(collected)
+        num_open, bound = 0, core.limits.max_num_seqs + core.limits.max_num_queued_reqs // 2  # sequences
         try:
             while True:
-                while num_open < bound and (index := next(waiting, None)) is not None:
-                    assembler = TextAssembler(self._tokenizer, params[index], encoded[index])
-                    owner = _Collected(index, texts[index], tuple(encoded[index]), assembler)
-                    core.add(ids[index], admitted[index], owner)
-                    num_open += 1
+                while num_open < bound and (owner := next(waiting, None)) is not None:
+                    core.add(owner.request_id, admitted[owner.place], owner)
+                    num_open += owner.params.num_sequences
                 if not num_open:
                     break
                 for owner, delta in core.step():
-                    if results[owner.index] is None and _push(owner, delta):
-                        results[owner.index] = _result(ids[owner.index], owner, params[owner.index])
-                        core.abort(ids[owner.index], "stop")  # if a stop string ended it before the engine did
-                        num_open -= 1
-                        progress.finish(len(owner.token_ids), len(owner.output_ids))
+                    if owner.finished:
+                        continue
+                    for index in owner.push(delta):  # a stop string, which the engine cannot see
+                        core.abort_sequence(owner.request_id, index, "stop")
+                    if owner.finished:
+                        num_open -= owner.params.num_sequences
+                        progress.finish(owner.num_prompt_tokens, owner.num_output_tokens)
         finally:
-            for request_id in ids:
-                core.abort(request_id)
+            for owner in collected:
+                core.abort(owner.request_id)
             progress.close()
-        return [r for r in results if r is not None]
+        return collected
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping):
         return [prompts]
     listed = list(prompts)
     return [listed] if listed and isinstance(listed[0], int) else listed  # type: ignore[list-item]
 
 
-def _push(owner: _Collected, delta: Delta) -> bool:
-    """Adds a delta; True when the result is complete, be it with finish_reason "error": the others go on."""
-    if delta.prompt_logprobs is not None:
-        owner.prompt_logprobs = delta.prompt_logprobs
-    text = owner.assembler.push(delta)
-    owner.text.append(text.text)
-    owner.output_ids.extend(text.token_ids)
-    owner.logprobs.extend(text.logprobs or ())
-    owner.last = text
-    return text.finish_reason is not None
-
-
-def _result(request_id: str, owner: _Collected, params: SamplingParams) -> RequestOutput:
-    assert owner.last is not None
-    logprobs = tuple(owner.logprobs) if params.logprobs is not None else None
-    output = CompletionOutput(
-        index=0,
-        text="".join(owner.text),
-        token_ids=tuple(owner.output_ids),
-        cumulative_logprob=sum(t.logprob for t in logprobs) if logprobs is not None else None,
-        logprobs=logprobs,
-        finish_reason=owner.last.finish_reason,
-        stop_reason=owner.last.stop_reason,
-    )
-    return RequestOutput(
-        request_id=request_id,
-        prompt=owner.prompt,
-        prompt_token_ids=owner.token_ids,
-        outputs=(output,),
-        finished=True,
-        prompt_logprobs=owner.prompt_logprobs,
-    )
+def _salts_for(count: int, salts: str | Sequence[str | None] | None) -> list[str | None]:
+    listed = [salts] * count if salts is None or isinstance(salts, str) else list(salts)
+    if len(listed) != count:
+        raise ParameterError(
+            f"Got {len(listed)} cache salts for {count} prompts: give one for all or one each.", param="cache_salt"
+        )
+    for salt in listed:
+        check_cache_salt(salt)
+    return listed
 
 
 class _Progress:

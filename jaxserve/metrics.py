@@ -94,6 +94,18 @@ class Histogram:
         return HistogramReading(self._bounds, tuple(self._counts.tolist()), self._sum)
 
 
+@dataclass(slots=True)
+class SwapTotals:
+    """KV moved one way between the device and host memory, and what that took of the step loop's time.
+
+    The device's half of the copies overlaps with steps and is not in the seconds.
+    """
+
+    blocks: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+
 @dataclass(slots=True, kw_only=True)
 class EngineMetrics:
     """What one engine has done since it started. The engine calls the `on_*` methods; others only read.
@@ -105,6 +117,8 @@ class EngineMetrics:
         generation_tokens: tokens sampled and delivered.
         cached_tokens: prompt tokens of finished requests whose KV came from a cache.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
+        preemptions_by_means: sequences that gave way, "swap" or "recompute".
+        swapped_out, swapped_in: KV moved to host memory, and back.
         request_success: finished requests by reason.
         rejections: requests refused at admission, by reason.
         compile_s: seconds that each bucket's program took to compile.
@@ -118,6 +132,9 @@ class EngineMetrics:
     cached_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    preemptions_by_means: dict[str, int] = field(default_factory=lambda: {"swap": 0, "recompute": 0})
+    swapped_out: SwapTotals = field(default_factory=SwapTotals)
+    swapped_in: SwapTotals = field(default_factory=SwapTotals)
     request_success: dict[FinishReason, int] = field(
         default_factory=lambda: {"stop": 0, "length": 0, "abort": 0, "error": 0}
     )
@@ -145,12 +162,14 @@ class EngineMetrics:
     )
     request_prompt_tokens: Histogram = field(init=False)
     request_generation_tokens: Histogram = field(init=False)
+    request_longest_tokens: Histogram = field(init=False)
     params_max_tokens: Histogram = field(init=False)
 
     def __post_init__(self) -> None:
         buckets = token_buckets(self.max_model_len)
         self.request_prompt_tokens = Histogram(buckets)
         self.request_generation_tokens = Histogram(buckets)
+        self.request_longest_tokens = Histogram(buckets)
         self.params_max_tokens = Histogram(buckets)
 
     def on_step(
@@ -191,6 +210,7 @@ class EngineMetrics:
         reason: FinishReason,
         num_prompt_tokens: int,
         num_generation_tokens: int,
+        num_longest_tokens: int | None = None,
         num_cached_tokens: int = 0,
         num_preemptions: int = 0,
         max_tokens: int | None,
@@ -203,6 +223,8 @@ class EngineMetrics:
         """Called once for every request that ends, however it ends.
 
         Args:
+            num_generation_tokens: of all its continuations.
+            num_longest_tokens: of its longest one; None if it has only one.
             max_tokens: as the request asked; None if it did not.
             queue_s: from arrival to the first step that ran it, or to its end if none did.
             prefill_s: from there to its first token; None if it got none.
@@ -213,6 +235,8 @@ class EngineMetrics:
         self.cached_tokens += num_cached_tokens
         self.request_prompt_tokens.observe(num_prompt_tokens)
         self.request_generation_tokens.observe(num_generation_tokens)
+        num_longest = num_generation_tokens if num_longest_tokens is None else num_longest_tokens
+        self.request_longest_tokens.observe(num_longest)
         self.request_preemptions.observe(num_preemptions)
         self.params_n.observe(n)
         if max_tokens is not None:
@@ -224,8 +248,8 @@ class EngineMetrics:
             self.inference.observe(prefill_s + (decode_s or 0.0))
         if decode_s is not None:
             self.decode.observe(decode_s)
-            if num_generation_tokens > 1:
-                self.time_per_output_token.observe(decode_s / (num_generation_tokens - 1))
+            if num_longest > 1:
+                self.time_per_output_token.observe(decode_s / (num_longest - 1))
 
     def on_rejected(self, reason: str) -> None:
         """Called for every request refused at admission. `reason` is one of a fixed few words."""

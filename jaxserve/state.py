@@ -7,6 +7,7 @@ array of a step, unpacked on the device; `StepOutput` comes back.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,26 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt, UInt8
 
 from jaxserve.config import ModelConfig
-from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
+from jaxserve.types import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_BEAM_WIDTH,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_STOP_TOKEN_IDS,
+)
 
 HISTORY = MAX_BAD_WORD_TOKENS - 1  # output tokens that a bad word can reach back over
 LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS  # logprob, rank, top ids, top logprobs
+BEAM_COLUMNS = 2 + 2 * MAX_BEAM_WIDTH  # parent row, score, stop tokens, scores with them
 
 # Bits of a row's, and by OR of a step's, features: what the sampler must do beyond an argmax.
-SAMPLED, TRUNCATED, PENALTIES, BIAS, MIN_TOKENS, ALLOWED, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS = (
-    1 << i for i in range(9)
+SAMPLED, TRUNCATED, PENALTIES, BIAS, MIN_TOKENS, ALLOWED, BAD_WORDS, LOGPROBS, PROMPT_LOGPROBS, BEAM = (
+    1 << i for i in range(10)
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class StepShape:
     """The static sizes of one compiled step: a bucket of tokens on one engine's tables.
 
@@ -52,8 +61,10 @@ class StepShape:
 
     @property
     def num_updates(self) -> int:
-        """U: block table entries that can change in a step: a block every C tokens and one a row."""
-        return self.num_tokens // self.block_size + self.num_samples
+        """U: block table entries that can change with a step: a new block every C tokens and one a row, and as
+        many again that were replaced since the step before, where the prefix cache knew their content.
+        """
+        return 2 * (self.num_tokens // self.block_size + self.num_samples)
 
     @property
     def num_tiles(self) -> int:
@@ -62,12 +73,17 @@ class StepShape:
 
     def fields(self) -> dict[str, tuple[int, int]]:
         """(offset, length) of each field in the packed array, in order."""
+        return self._fields
+
+    @cached_property
+    def _fields(self) -> dict[str, tuple[int, int]]:
         lengths = {
             "header": 3,
             "tokens": self.num_tokens,
             "positions": self.num_tokens,
             "rows": self.num_tokens,
             "targets": self.num_tokens,
+            "stored": self.num_tokens,
             "sample_index": self.num_samples,
             "sample_rows": self.num_samples,
             "update_rows": self.num_updates,
@@ -95,6 +111,7 @@ class StepBatch:
         num_decode, num_tiles, features: scalars; features is an OR of bits.
         tokens: -1 stands for the row's last sampled token.
         targets: for prompt logprobs: the token that follows, or -1.
+        stored: 1 where the token's key and value lie in its block already, which others may share.
         sample_index, sample_rows: [S] where in the stream a row's logits are taken, and whose they are.
         update_rows, update_cols, update_ids: [U] block table entries to set first.
         tile_start, tile_len: [Q] where in the stream a query tile begins, and its tokens.
@@ -107,6 +124,7 @@ class StepBatch:
     positions: Int[Array, " tokens"]
     rows: Int[Array, " tokens"]
     targets: Int[Array, " tokens"]
+    stored: Int[Array, " tokens"]
     sample_index: Int[Array, " samples"]
     sample_rows: Int[Array, " samples"]
     update_rows: Int[Array, " updates"]
@@ -150,6 +168,23 @@ class SamplingState:
 
 
 @struct.dataclass
+class BeamState:
+    """The beams of every search, by row. Rows without the feature BEAM hold leftovers.
+
+    Attributes:
+        peers: [R, 16] the rows of its search in order of the beams, -1 pads.
+        index: which of them it is.
+        scores: sum of the logprobs of its beam's output.
+        parents: the row whose beam it continues since the step that sampled last.
+    """
+
+    peers: Int[Array, "rows width"]
+    index: Int[Array, " rows"]
+    scores: Float[Array, " rows"]
+    parents: Int[Array, " rows"]
+
+
+@struct.dataclass
 class DecodeState:
     """What step n + 1 needs before the host has seen step n, by row. Donated to every step.
 
@@ -167,6 +202,7 @@ class DecodeState:
     prompt_seen: UInt8[Array, "rows vocab"]
     output_counts: Int[Array, "rows vocab"]
     sampling: SamplingState
+    beams: BeamState
 
 
 @struct.dataclass
@@ -177,11 +213,13 @@ class StepOutput:
         sampled: int32 [S, 2]: the token, and 1 where its logits were not finite.
         logprobs: int32 [S, 42]: see `ops.logprobs`; zeros unless a row asked.
         prompt_logprobs: int32 [T, 42]: the same for each fed token's successor.
+        beams: int32 [S, 34]: see `ops.beams.select_beams`; zeros unless a row is a beam.
     """
 
     sampled: Int[Array, "samples 2"]
     logprobs: Int[Array, "samples columns"]
     prompt_logprobs: Int[Array, "tokens columns"]
+    beams: Int[Array, "samples beam_columns"]
 
 
 @struct.dataclass
@@ -234,6 +272,12 @@ def init_decode_state(max_rows: int, max_blocks: int, vocab_size: int) -> Decode
         prompt_seen=jnp.zeros((rows, vocab_size), jnp.uint8),
         output_counts=jnp.zeros((rows, vocab_size), jnp.int32),
         sampling=sampling,
+        beams=BeamState(
+            peers=jnp.full((rows, MAX_BEAM_WIDTH), -1, jnp.int32),
+            index=jnp.zeros((rows,), jnp.int32),
+            scores=jnp.zeros((rows,), jnp.float32),
+            parents=jnp.zeros((rows,), jnp.int32),
+        ),
     )
 
 

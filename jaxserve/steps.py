@@ -15,10 +15,12 @@ from jaxtyping import Array, Int
 
 from jaxserve.config import ModelConfig
 from jaxserve.models.decoder import forward, logits
+from jaxserve.ops.beams import no_beams, select_beams
 from jaxserve.ops.logprobs import pack_logprobs, pack_prompt_logprobs
 from jaxserve.ops.paged_attention import paged_attention, write_kv
 from jaxserve.ops.sampling import sample
 from jaxserve.state import (
+    BEAM,
     HISTORY,
     LOGPROB_COLUMNS,
     LOGPROBS,
@@ -56,7 +58,13 @@ def step(
     index = jnp.minimum(batch.sample_index, shape.num_tokens - 1)
     raw = logits(params, hidden[index])
     tokens, finite = sample(raw, state, batch.sample_rows, batch.positions[index] + 1, batch.features)
-    state = replace(state, last_token=state.last_token.at[batch.sample_rows].set(tokens, mode="drop"))
+    tokens, beams, beam_answer = jax.lax.cond(
+        (batch.features & BEAM) != 0,
+        lambda: select_beams(raw, tokens, state, batch.sample_rows),
+        lambda: no_beams(tokens, state),
+    )
+    last_token = state.last_token.at[batch.sample_rows].set(tokens, mode="drop")
+    state = replace(state, last_token=last_token, beams=beams)
     out = StepOutput(
         sampled=jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1),
         logprobs=jax.lax.cond(
@@ -69,6 +77,7 @@ def step(
             lambda: pack_prompt_logprobs(params, hidden, batch.targets),
             lambda: jnp.zeros((shape.num_tokens, LOGPROB_COLUMNS), jnp.int32),
         ),
+        beams=beam_answer,
     )
     return kv, state, out
 
@@ -106,11 +115,12 @@ def _forward(
 
 
 def _slots(state: DecodeState, batch: StepBatch, shape: StepShape, num_blocks: int) -> jax.Array:
-    """Where each token's key and value go: block * C + offset; past the cache's end for padding."""
+    """Where each token's key and value go: block * C + offset; past the cache's end for stored ones and padding."""
     rows = jnp.minimum(batch.rows, shape.max_rows - 1)
     blocks = state.block_tables[rows, batch.positions // shape.block_size]
     slots = blocks * shape.block_size + batch.positions % shape.block_size
-    return jnp.where(batch.rows < shape.max_rows, slots, num_blocks * shape.block_size)
+    is_written = (batch.rows < shape.max_rows) & (batch.stored == 0)
+    return jnp.where(is_written, slots, num_blocks * shape.block_size)
 
 
 def _record_fed(state: DecodeState, batch: StepBatch, shape: StepShape) -> DecodeState:
@@ -138,24 +148,9 @@ def _record_fed(state: DecodeState, batch: StepBatch, shape: StepShape) -> Decod
     )
 
 
-# The packed arrays of the two admission programs: name -> length, in order.
-ROW_FIELDS = {
-    "row": 1,
-    "features": 1,
-    "temperature": 1,
-    "top_k": 1,
-    "top_p": 1,
-    "min_p": 1,
-    "repetition_penalty": 1,
-    "frequency_penalty": 1,
-    "presence_penalty": 1,
-    "key": 2,
-    "num_prompt": 1,
-    "min_position": 1,
-    "reset_counts": 1,
-    "history": HISTORY,
-    "stop_ids": MAX_STOP_TOKEN_IDS,
-}
+MAX_COUNTED = 2048  # tokens a call of `count_stored`: 8 KB, and one call for most prompts
+
+# The packed arrays of the admission programs: name -> length, in order.
 FLOAT_FIELDS = frozenset(
     {
         "temperature",
@@ -167,9 +162,38 @@ FLOAT_FIELDS = frozenset(
         "bias_values",
     }
 )
+LIST_FIELDS = frozenset({"history", "stop_ids", "block_table", "tokens"})  # arrays even where their length is 1
+
+
+def row_fields(max_blocks: int) -> dict[str, int]:
+    """What `admit_row` takes."""
+    return {
+        "row": 1,
+        "features": 1,
+        "temperature": 1,
+        "top_k": 1,
+        "top_p": 1,
+        "min_p": 1,
+        "repetition_penalty": 1,
+        "frequency_penalty": 1,
+        "presence_penalty": 1,
+        "key": 2,
+        "num_prompt": 1,
+        "min_position": 1,
+        "reset_counts": 1,
+        "history": HISTORY,
+        "stop_ids": MAX_STOP_TOKEN_IDS,
+        "block_table": max_blocks,
+    }
+
+
+def count_fields(max_model_len: int) -> dict[str, int]:
+    """What `count_stored` takes: `count` tokens of a row from position `start` on."""
+    return {"row": 1, "start": 1, "count": 1, "num_prompt": 1, "tokens": min(MAX_COUNTED, max_model_len)}
 
 
 def table_fields(vocab_size: int) -> dict[str, int]:
+    """What `set_row_tables` takes."""
     return {
         "row": 1,
         "bias_ids": MAX_LOGIT_BIAS,
@@ -182,22 +206,23 @@ def table_fields(vocab_size: int) -> dict[str, int]:
 def _split(packed: jax.Array, fields: dict[str, int]) -> dict[str, jax.Array]:
     parts, offset = {}, 0
     for name, length in fields.items():
-        part = packed[offset] if length == 1 else packed[offset : offset + length]
+        part = packed[offset] if length == 1 and name not in LIST_FIELDS else packed[offset : offset + length]
         parts[name] = jax.lax.bitcast_convert_type(part, jnp.float32) if name in FLOAT_FIELDS else part
         offset += length
     return parts
 
 
 def admit_row(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeState:
-    """Gives a row to a sequence: scalars of its sampling, history, stop ids; its block table emptied.
+    """Gives a row to a sequence: scalars of its sampling, history, stop ids, its whole block table.
 
     Args:
-        packed: int32, `ROW_FIELDS` one after the other, floats as bits.
+        packed: int32, `row_fields` one after the other, floats as bits.
 
     Donates: state.
     """
-    parts = _split(packed, ROW_FIELDS)
+    parts = _split(packed, row_fields(state.block_tables.shape[1]))
     row, reset, history = parts.pop("row"), parts.pop("reset_counts"), parts.pop("history")
+    block_table = parts.pop("block_table")
     parts["key"] = jax.lax.bitcast_convert_type(parts["key"], jnp.uint32)
 
     def clear(array: jax.Array) -> jax.Array:
@@ -205,11 +230,35 @@ def admit_row(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeState:
 
     return replace(
         state,
-        block_tables=state.block_tables.at[row].set(0),
+        block_tables=state.block_tables.at[row].set(block_table),
         history=state.history.at[row].set(history),
         prompt_seen=clear(state.prompt_seen),
         output_counts=clear(state.output_counts),
         sampling=_set_row(state.sampling, row, parts),
+    )
+
+
+def count_stored(state: DecodeState, packed: Int[Array, " packed"], *, max_model_len: int) -> DecodeState:
+    """Counts tokens of a row as fed that will not be, because their keys and values are stored.
+
+    Only for rows with penalties, after `admit_row`.
+
+    Args:
+        packed: int32, `count_fields` one after the other.
+
+    Donates: state.
+    Static: max_model_len.
+    """
+    parts = _split(packed, count_fields(max_model_len))
+    tokens, num_rows = parts["tokens"], state.last_token.shape[0]
+    place = jnp.arange(len(tokens), dtype=jnp.int32)
+    row = jnp.where(place < parts["count"], parts["row"], num_rows)
+    is_prompt = parts["start"] + place < parts["num_prompt"]
+    prompt_row, output_row = jnp.where(is_prompt, row, num_rows), jnp.where(is_prompt, num_rows, row)
+    return replace(
+        state,
+        prompt_seen=state.prompt_seen.at[prompt_row, tokens].set(jnp.uint8(1), mode="drop"),
+        output_counts=state.output_counts.at[output_row, tokens].add(1, mode="drop"),
     )
 
 

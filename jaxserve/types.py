@@ -5,11 +5,11 @@ Token in, token out: nothing here knows text, HTTP or jax. All are frozen.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from jaxserve.checks import check_integer, check_length, check_number
 from jaxserve.errors import ParameterError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -22,6 +22,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
+MAX_N = 128  # continuations of one prompt
+MAX_BEAM_WIDTH = 16
 GREEDY_TEMPERATURE = 1e-5  # below this, dividing logits overflows float32: treated as greedy
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 INT32_MAX = 2**31 - 1
@@ -36,7 +38,10 @@ class SamplingParams:
     raw logits, before any of these (vLLM's `raw_logprobs`).
 
     Attributes:
-        n, best_of: continuations of the prompt; only 1 is served yet.
+        n: continuations of the prompt, at most 128. The prompt is computed once. The first has the
+            request's seed, each other one a seed derived from it.
+        best_of: continuations to generate, of which the n with the highest logprob a token are returned;
+            at least n; None means n.
         temperature: in [0, 2]; below 1e-5 the most likely token is taken.
         top_k: keep the k most likely tokens; 0 or -1 keeps all. Ties of the k-th are kept.
         top_p: keep the smallest set whose probability reaches top_p, in [0, 1]; ties of the last are
@@ -100,15 +105,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE
 
+    @property
+    def num_sequences(self) -> int:
+        """Continuations that are generated, be they returned or not."""
+        return self.n if self.best_of is None else self.best_of
+
     def _check(self) -> None:
-        if self.n != 1 or self.best_of not in (None, 1):
-            name = "n" if self.n != 1 else "best_of"
-            raise ParameterError(
-                f"'{name}' must be 1, got {getattr(self, name)}: parallel samples are not served yet. "
-                "Send the request several times with different seeds.",
-                param=name,
-                code="unsupported_value",
-            )
+        check_integer("n", self.n, 1, MAX_N)
+        if self.best_of is not None:
+            check_integer("best_of", self.best_of, self.n, MAX_N)
         check_number("temperature", self.temperature, 0.0, 2.0)
         check_number("top_p", self.top_p, 0.0, 1.0)
         check_number("min_p", self.min_p, 0.0, 1.0)
@@ -159,53 +164,55 @@ class SamplingParams:
             raise ParameterError("'bad_words' must hold non-empty strings.", param="bad_words")
 
 
-def check_number(name: str, value: object, low: float, high: float) -> None:
-    """Raises ParameterError unless `value` is a finite number in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ParameterError(
-            f"Invalid '{name}': expected a finite number, got {value!r}.", param=name, code="invalid_type"
-        )
-    if value < low:
-        raise ParameterError(
-            f"Invalid '{name}': decimal below minimum value. Expected a value >= {low:g}, but got {value:g} instead.",
-            param=name,
-            code="decimal_below_min_value",
-        )
-    if value > high:
-        raise ParameterError(
-            f"Invalid '{name}': decimal above maximum value. Expected a value <= {high:g}, but got {value:g} instead.",
-            param=name,
-            code="decimal_above_max_value",
-        )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearchParams:
+    """How a beam search goes, and when it ends. The semantics are those of Hugging Face's `generate`.
 
+    In each step the likeliest (1 + number of stop ids) * beam_width continuations of all beams together are
+    ranked by the sum of their logprobs. Those among the first beam_width that end in a stop token become
+    hypotheses; the likeliest beam_width that do not go on. A hypothesis' score is the sum of its logprobs
+    over the power `length_penalty` of its number of output tokens, the stop token included; the beam_width
+    best hypotheses are kept. Logprobs are of the raw logits, temperature 1.
 
-def check_integer(name: str, value: object, low: int, high: int) -> None:
-    """Raises ParameterError unless `value` is an int in [low, high]."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ParameterError(f"Invalid '{name}': expected an integer, got {value!r}.", param=name, code="invalid_type")
-    if value < low:
-        raise ParameterError(
-            f"Invalid '{name}': integer below minimum value. Expected a value >= {low}, but got {value} instead.",
-            param=name,
-            code="integer_below_min_value",
-        )
-    if value > high:
-        raise ParameterError(
-            f"Invalid '{name}': integer above maximum value. Expected a value <= {high}, but got {value} instead.",
-            param=name,
-            code="integer_above_max_value",
-        )
+    Attributes:
+        beam_width: 1 to 16; also how many sequences are returned.
+        max_tokens: beams that reach it become hypotheses as they are.
+        length_penalty: above 0 favours long sequences, below 0 short ones; in [-10, 10].
+        early_stopping: True ends the search with the beam_width-th hypothesis; False when no beam can become
+            better than the worst hypothesis at its present length; "never" only when none can at any length.
+        ignore_eos: the model's end-of-sequence ids do not end a beam.
+        stop_token_ids: tokens that end it, besides those.
+        include_stop_str_in_output, skip_special_tokens, detokenize: how text is made of the tokens.
+    """
 
+    beam_width: int
+    max_tokens: int = 16
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
+    ignore_eos: bool = False
+    stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    detokenize: bool = True
 
-def check_length(name: str, value: Sequence | Mapping, high: int) -> None:
-    """Raises ParameterError if `value` has more than `high` items."""
-    if len(value) > high:
-        raise ParameterError(
-            f"Invalid '{name}': array too long. Expected an array with maximum length {high}, but got an array "
-            f"with length {len(value)} instead.",
-            param=name,
-            code="array_above_max_length",
-        )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        check_integer("beam_width", self.beam_width, 1, MAX_BEAM_WIDTH)
+        check_integer("max_tokens", self.max_tokens, 1, INT32_MAX)
+        check_number("length_penalty", self.length_penalty, -10.0, 10.0)
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise ParameterError(
+                f"Invalid 'early_stopping': expected true, false or 'never', got {self.early_stopping!r}.",
+                param="early_stopping",
+            )
+        check_length("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS - 16)
+        for token_id in self.stop_token_ids:
+            check_integer("token id", token_id, 0, INT32_MAX)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are returned."""
+        return self.beam_width
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,15 +233,23 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What one request gained since its last delta.
+    """What one continuation of a request gained since its last delta.
+
+    A request ends when each of its `num_sequences` continuations (of a beam search: `beam_width`) has had a
+    finish_reason; "error" and "abort" end all of them with one delta. The deltas of a beam search come at its
+    end, one a sequence with all its tokens, the best first.
 
     Attributes:
+        index: which continuation, from 0.
         token_ids: new tokens, the stop token included where one ended it.
         logprobs: one entry a token in `token_ids`, or None if not asked.
         prompt_logprobs: one entry a prompt token (None for the first), in the first delta only.
         finish_reason: None until the last delta. "stop": a stop token (`stop_reason` names it, None
             for the model's end-of-sequence); "length"; "abort"; "error" (`error` says why).
-        num_cached_tokens: prompt tokens whose KV came from a cache.
+        num_cached_tokens: prompt tokens whose KV came from a cache; in the request's first delta only.
+        cumulative_logprob: sum of all its tokens' logprobs, in the delta with its finish_reason; None unless
+            logprobs were asked, best_of exceeds n, or it is a beam.
+        score: of a beam, what it is ranked by: cumulative_logprob / length ** length_penalty.
         error: for finish_reason "error", the exception.
     """
 
@@ -245,6 +260,9 @@ class Delta:
     stop_reason: int | None = None
     num_cached_tokens: int = 0
     error: Exception | None = None
+    index: int = 0
+    cumulative_logprob: float | None = None
+    score: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +276,34 @@ class CompletionOutput:
     logprobs: tuple[TokenLogprobs, ...] | None
     finish_reason: FinishReason | None
     stop_reason: int | str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchSequence:
+    """One hypothesis, as `LLM.beam_search` returns it.
+
+    Attributes:
+        token_ids: its output, the stop token that ended it included.
+        cum_logprob: sum of the tokens' logprobs.
+        score: cum_logprob / len(token_ids) ** length_penalty.
+        finish_reason: "stop" or "length".
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    cum_logprob: float
+    score: float
+    finish_reason: FinishReason
+    stop_reason: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BeamSearchOutput:
+    """One prompt's hypotheses, the best first, as `LLM.beam_search` returns them; none if its search failed."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    sequences: tuple[BeamSearchSequence, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,9 +325,12 @@ class EngineStats:
 
     Attributes:
         num_running, num_waiting: requests.
-        num_blocks, num_free_blocks: KV blocks that can be handed out, and those that are free.
+        num_blocks, num_free_blocks: KV blocks that can be handed out, and those that are free; blocks that
+            only the prefix cache holds are free.
+        num_cached_blocks: free blocks whose content the prefix cache still knows.
+        num_swapped_blocks, num_swap_blocks: host memory's blocks in use, and in all.
         num_preemptions, num_steps, num_compilations_after_ready: since start.
-        last_commit_age_s: seconds since a step last delivered a token while work existed; 0 when idle.
+        last_commit_age_s: seconds since a step was last answered while work existed; 0 when idle.
     """
 
     num_running: int
@@ -292,3 +341,6 @@ class EngineStats:
     num_steps: int
     num_compilations_after_ready: int
     last_commit_age_s: float
+    num_cached_blocks: int = 0
+    num_swapped_blocks: int = 0
+    num_swap_blocks: int = 0

@@ -24,9 +24,9 @@ PACKAGES = {
     "jaxserve_server": REPO / "server" / "jaxserve_server",
     "jaxserve_checkpoints": REPO / "checkpoints" / "jaxserve_checkpoints",
 }
-HOST = ("cache", "scheduler", "text", "metrics.py")
+HOST = ("cache", "scheduler", "text", "metrics.py", "results.py")
 DEVICE = ("parallel", "layers", "models", "ops", "state.py", "steps.py")
-GROUND = ("config.py", "types.py", "errors.py")
+GROUND = ("config.py", "types.py", "checks.py", "errors.py")
 
 MAX_FILE_LINES = {"pallas_kernels": 500}
 DEFAULT_MAX_FILE_LINES = 400

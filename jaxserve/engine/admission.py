@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jaxserve.checks import check_cache_salt
 from jaxserve.config import EngineLimits, ModelConfig
 from jaxserve.engine.pack import pack_fields
 from jaxserve.errors import ContextLengthError, ParameterError
+from jaxserve.scheduler.plan import Admitted
 from jaxserve.state import (
     ALLOWED,
     BAD_WORDS,
+    BEAM,
     BIAS,
     HISTORY,
     LOGPROBS,
@@ -22,12 +26,13 @@ from jaxserve.state import (
     SAMPLED,
     TRUNCATED,
 )
-from jaxserve.steps import ROW_FIELDS, table_fields
+from jaxserve.steps import count_fields, row_fields, table_fields
 from jaxserve.types import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_STOP_TOKEN_IDS,
+    BeamSearchParams,
     SamplingParams,
 )
 
@@ -39,26 +44,50 @@ class AdmittedParams:
     """A request's parameters, checked and resolved against the model.
 
     Attributes:
-        stop_ids: every id that ends the sequence, end-of-sequence included unless ignored.
-        seed: as asked, or drawn.
+        params: as asked.
+        sampling: how its rows sample; of a beam search the neutral parameters, since it does not.
+        stop_ids: every id that ends a sequence, end-of-sequence included unless ignored.
+        seeds: int64, one a sequence: the first as asked or drawn, the others derived from it.
         prompt: int32 [num_prompt].
         max_total_len: prompt and output together, tokens.
-        features: bits of `jaxserve.state` that its row needs.
+        features: bits of `jaxserve.state` that its rows need.
+        cache_salt: empty for no salt only.
     """
 
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
+    sampling: SamplingParams
     stop_ids: tuple[int, ...]
-    seed: int
+    seeds: tuple[int, ...]
     prompt: np.ndarray
     num_prompt: int
     max_total_len: int
     features: int
+    cache_salt: bytes
+
+    @property
+    def beam(self) -> BeamSearchParams | None:
+        """How to search, if it is a beam search."""
+        return self.params if isinstance(self.params, BeamSearchParams) else None
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether the sum of its tokens' logprobs is wanted."""
+        return bool(self.features & LOGPROBS)
 
 
 def admit(
-    token_ids: Sequence[int], params: SamplingParams, model: ModelConfig, limits: EngineLimits, drawn_seed: int
+    token_ids: Sequence[int],
+    params: SamplingParams | BeamSearchParams,
+    model: ModelConfig,
+    limits: EngineLimits,
+    drawn_seed: int,
+    cache_salt: str | None = None,
 ) -> AdmittedParams:
     """Checks a request against the model and the engine's sizes.
+
+    Args:
+        drawn_seed: its seed if it brings none.
+        cache_salt: the prefix cache shows the request only what was computed under the same one.
 
     Raises:
         ParameterError, ContextLengthError: what cannot be served, and why.
@@ -72,18 +101,43 @@ def admit(
             max_model_len=limits.max_model_len, num_prompt_tokens=num_prompt, max_tokens=params.max_tokens
         )
     max_total_len = limits.max_model_len if params.max_tokens is None else num_prompt + params.max_tokens
+    check_cache_salt(cache_salt)
+    sampling = _sampling(params, limits.max_num_seqs)
     eos = () if params.ignore_eos else model.eos_token_ids
     stop_ids = tuple(dict.fromkeys((*eos, *params.stop_token_ids)))
-    _check_ids(params, stop_ids, model.vocab_size)
+    _check_ids(sampling, stop_ids, model.vocab_size)
+    is_beam = isinstance(params, BeamSearchParams)
     return AdmittedParams(
         params=params,
+        sampling=sampling,
         stop_ids=stop_ids,
-        seed=drawn_seed if params.seed is None else params.seed,
+        seeds=_seeds(drawn_seed if sampling.seed is None else sampling.seed, params.num_sequences),
         prompt=prompt,
         num_prompt=num_prompt,
         max_total_len=max_total_len,
-        features=_features(params, stop_ids, model.vocab_size),
+        features=BEAM if is_beam else _features(sampling, stop_ids, model.vocab_size),
+        cache_salt=b"" if cache_salt is None else b"salt " + cache_salt.encode(),
     )
+
+
+def _sampling(params: SamplingParams | BeamSearchParams, max_num_seqs: int) -> SamplingParams:
+    """How the request's rows sample."""
+    if isinstance(params, SamplingParams):
+        return params
+    if params.beam_width > max_num_seqs:
+        raise ParameterError(
+            f"'beam_width' must be at most max_num_seqs={max_num_seqs}, because all beams run together, got "
+            f"{params.beam_width}. Lower it, or raise max_num_seqs.",
+            param="beam_width",
+            code="integer_above_max_value",
+        )
+    return SamplingParams(temperature=0.0, max_tokens=params.max_tokens, stop_token_ids=params.stop_token_ids)
+
+
+def _seeds(seed: int, count: int) -> tuple[int, ...]:
+    """The request's own seed, and for each other sequence 64 bits that depend on it and the sequence's index alone."""
+    digests = (hashlib.sha256(f"{seed} {index}".encode()).digest() for index in range(1, count))
+    return (seed, *(int.from_bytes(digest[:8], "little", signed=True) for digest in digests))
 
 
 def check_prompt(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
@@ -162,27 +216,39 @@ def _features(params: SamplingParams, stop_ids: tuple[int, ...], vocab_size: int
         MIN_TOKENS: p.min_tokens > 0 and bool(stop_ids),
         ALLOWED: p.allowed_token_ids is not None,
         BAD_WORDS: bool(p.bad_words_token_ids),
-        LOGPROBS: p.logprobs is not None,
+        LOGPROBS: p.logprobs is not None or p.num_sequences > p.n,
         PROMPT_LOGPROBS: p.prompt_logprobs is not None,
     }
     return sum(bit for bit, on in wanted.items() if on)
 
 
-def pack_row(row: int, admitted: AdmittedParams, known: np.ndarray, vocab_size: int) -> np.ndarray:
+def pack_row(
+    admitted: Admitted,
+    params: AdmittedParams,
+    known: np.ndarray,
+    index: int,
+    features: int,
+    vocab_size: int,
+    max_blocks: int,
+) -> np.ndarray:
     """The array of `steps.admit_row`.
 
     Args:
         known: every token of the sequence that the host knows, prompt first.
+        index: which of the request's sequences.
+        max_blocks: entries of a block table.
     """
-    p = admitted.params
-    output = known[admitted.num_prompt :][-HISTORY:]
+    p = params.sampling
+    output = known[params.num_prompt :][-HISTORY:]
     history = np.full(HISTORY, -1, np.int32)
     history[HISTORY - len(output) :] = output
     stop_ids = np.full(MAX_STOP_TOKEN_IDS, vocab_size, np.int32)
-    stop_ids[: len(admitted.stop_ids)] = admitted.stop_ids
+    stop_ids[: len(params.stop_ids)] = params.stop_ids
+    block_table = np.zeros(max_blocks, np.int32)
+    block_table[: len(admitted.block_ids)] = admitted.block_ids
     values = {
-        "row": row,
-        "features": admitted.features,
+        "row": admitted.row,
+        "features": features,
         "temperature": p.temperature,
         "top_k": p.top_k if 0 < p.top_k < vocab_size else vocab_size,
         "top_p": p.top_p,
@@ -190,14 +256,31 @@ def pack_row(row: int, admitted: AdmittedParams, known: np.ndarray, vocab_size: 
         "repetition_penalty": p.repetition_penalty,
         "frequency_penalty": p.frequency_penalty,
         "presence_penalty": p.presence_penalty,
-        "key": np.asarray([admitted.seed], np.int64).view(np.uint32).view(np.int32),
-        "num_prompt": admitted.num_prompt,
-        "min_position": admitted.num_prompt + p.min_tokens,
-        "reset_counts": bool(admitted.features & PENALTIES),
+        "key": np.asarray([params.seeds[index]], np.int64).view(np.uint32).view(np.int32),
+        "num_prompt": params.num_prompt,
+        "min_position": params.num_prompt + p.min_tokens,
+        "reset_counts": bool(features & PENALTIES),
         "history": history,
         "stop_ids": stop_ids,
+        "block_table": block_table,
     }
-    return pack_fields(ROW_FIELDS, values)
+    return pack_fields(row_fields(max_blocks), values)
+
+
+def pack_stored(row: int, num_prompt: int, stored: np.ndarray, max_model_len: int) -> Iterator[np.ndarray]:
+    """The arrays of `steps.count_stored`, as many as it takes.
+
+    Args:
+        stored: the row's first tokens, which are not fed.
+    """
+    fields = count_fields(max_model_len)
+    size = fields["tokens"]
+    for start in range(0, len(stored), size):
+        part = stored[start : start + size]
+        tokens = np.zeros(size, np.int32)
+        tokens[: len(part)] = part
+        values = {"row": row, "start": start, "count": len(part), "num_prompt": num_prompt, "tokens": tokens}
+        yield pack_fields(fields, values)
 
 
 def pack_tables(row: int, params: SamplingParams, vocab_size: int) -> np.ndarray:

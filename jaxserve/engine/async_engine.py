@@ -14,6 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,22 +24,52 @@ from jaxserve.engine.compiled import OnProgress
 from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import DrainingError, EngineDeadError, JaxserveError, QueueFullError, QueueTimeoutError
 from jaxserve.metrics import EngineMetrics
-from jaxserve.types import Delta, EngineStats, FinishReason, SamplingParams
+from jaxserve.types import BeamSearchParams, Delta, EngineStats, FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+ENDS_ALL: tuple[FinishReason, ...] = ("error", "abort")  # a delta with one of these is the request's last
 IDLE_CHECK_S = 1.0  # idle this long, the engine examines itself: 6 ms with 100,000 blocks, nobody should wait for
+
+
+_Item = Delta | JaxserveError | None
 
 
 @dataclass(slots=True, eq=False)
 class _Stream:
-    """One caller's end of a request. Belongs to the caller's event loop; the step loop only carries it."""
+    """One caller's end of a request. Belongs to the caller's event loop; the step loop only carries it.
+
+    Attributes:
+        num_open: continuations without a finish_reason.
+        items: what came and was not read; None: nothing follows.
+    """
 
     request_id: str
     loop: asyncio.AbstractEventLoop
-    items: deque[Delta | JaxserveError] = field(default_factory=deque)
+    num_open: int
+    items: deque[_Item] = field(default_factory=deque)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
-    done: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.num_open <= 0
+
+    def take(self) -> Delta | None:
+        """The next item; None where it only says that nothing follows.
+
+        Raises:
+            JaxserveError: the item, or the one in its delta.
+        """
+        item = self.items.popleft()
+        if item is None or isinstance(item, JaxserveError) or item.finish_reason in ENDS_ALL:
+            self.num_open = 0
+        elif item.finish_reason is not None:
+            self.num_open -= 1
+        error = item.error if isinstance(item, Delta) else item
+        if error is not None:
+            raise error
+        assert item is None or isinstance(item, Delta)
+        return item
 
 
 class AsyncEngine:
@@ -58,6 +89,7 @@ class AsyncEngine:
         self._core: EngineCore | None = None
         self._ids = itertools.count()
         self._streams: dict[str, _Stream] = {}
+        self._resets: set[Future[int]] = set()
         self._mailbox: deque[Callable[[EngineCore], None]] = deque()
         self._mail = threading.Condition()
         self._stopping = self._draining = False
@@ -108,16 +140,22 @@ class AsyncEngine:
         return self._started().stats()
 
     async def generate(
-        self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Yields what the request gains, one token a delta, the last with its finish_reason.
+        """Yields what the request's continuations gain, one token a delta, until each has had a finish_reason.
 
-        Closing the iterator, or cancelling the task that reads it, aborts the request and frees its
-        blocks before the next step.
+        An "error" or "abort" of one ends them all. A beam search yields its hypotheses at its end. Closing the
+        iterator, or cancelling the task that reads it, aborts the request and frees its blocks before the next step.
 
         Args:
             token_ids: the prompt.
             request_id: for `abort`; must not be in use. Drawn if None.
+            cache_salt: the prefix cache shows the request only what was computed under the same salt.
 
         Raises:
             RequestError: it can never be served. Before any delta.
@@ -126,38 +164,55 @@ class AsyncEngine:
         """
         core = self._started()
         self._check_open()
-        admitted = core.check(token_ids, params)
+        admitted = core.check(token_ids, params, cache_salt)
         request_id = f"gen-{next(self._ids)}" if request_id is None else request_id
         if request_id in self._streams:
             raise ValueError(f"Request id {request_id!r} is in use. Choose another, or none.")
-        stream = _Stream(request_id, asyncio.get_running_loop())
+        stream = _Stream(request_id, asyncio.get_running_loop(), params.num_sequences)
         self._streams[request_id] = stream
-        self._post(lambda core: self._add(core, stream, admitted, time.monotonic()))
         try:
+            if self._death is not None:  # since it was looked at: nobody would wake this stream
+                raise self._death
+            self._post(lambda core: self._add(core, stream, admitted, time.monotonic()))
             while not stream.done:
                 await stream.wake.wait()
                 stream.wake.clear()
-                while stream.items:
-                    item = stream.items.popleft()
-                    if isinstance(item, JaxserveError):
-                        stream.done = True
-                        raise item
-                    stream.done = item.finish_reason is not None
-                    if item.error is not None:
-                        raise item.error
-                    yield item
+                while stream.items and not stream.done:
+                    delta = stream.take()
+                    if delta is not None:
+                        yield delta
         finally:
             del self._streams[request_id]
             if not stream.done:
                 self.abort(request_id)
 
-    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
-        """Ends a request early: its iterator yields a last delta with `reason`.
+    def abort(self, request_id: str, reason: FinishReason = "abort", index: int | None = None) -> None:
+        """Ends a request, or one of its continuations, early: its iterator yields a last delta with `reason`.
 
         Args:
             reason: "stop" where the caller found a stop string in the text.
+            index: which continuation; None for all of them.
         """
-        self._post(lambda core: self._abort(core, request_id, reason))
+        self._post(lambda core: self._abort(core, request_id, reason, index))
+
+    async def reset_prefix_cache(self) -> int:
+        """Forgets the KV of past prompts and outputs; returns how many blocks of it there were.
+
+        Running requests keep theirs, which are no longer shown to others.
+
+        Raises:
+            EngineDeadError: the step loop has ended.
+        """
+        self._started()
+        answer: Future[int] = Future()
+        self._resets.add(answer)
+        try:
+            if self._death is not None:
+                raise self._death
+            self._post(lambda core: self._reset_prefix_cache(core, answer))
+            return await asyncio.wrap_future(answer)
+        finally:
+            self._resets.discard(answer)
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes no new requests, waits for the open ones, then aborts what is left.
@@ -252,21 +307,30 @@ class AsyncEngine:
         timeout_s = self._config.queue_timeout
         if not timeout_s or not core.scheduler.num_waiting:
             return
-        for request_id in core.waiting_since(time.monotonic() - timeout_s):
-            core.metrics.on_rejected("queue_timeout")
+        for request_id in dict.fromkeys(core.waiting_since(time.monotonic() - timeout_s)):
             error = QueueTimeoutError(f"The request waited {timeout_s:g} s for its first step.", retry_after_s=5)
-            stream = core.abort(request_id)
+            stream = core.refuse(request_id, "queue_timeout")
             assert stream is not None, "it stood in the queue"
             self._deliver([(stream, error)])
 
-    def _abort(self, core: EngineCore, request_id: str, reason: FinishReason) -> None:
-        stream = core.abort(request_id, reason)
+    def _abort(self, core: EngineCore, request_id: str, reason: FinishReason, index: int | None) -> None:
+        if index is None:
+            stream: _Stream | None = core.abort(request_id, reason)
+            items: list[_Item] = [Delta(finish_reason=reason), None]
+        else:
+            stream = core.abort_sequence(request_id, index, reason)
+            items = [Delta(finish_reason=reason, index=index)]
         if stream is not None:
-            self._deliver([(stream, Delta(finish_reason=reason))])
+            self._deliver([(stream, item) for item in items])
 
-    def _deliver(self, items: Sequence[tuple[_Stream, Delta | JaxserveError]]) -> None:
+    def _reset_prefix_cache(self, core: EngineCore, answer: Future[int]) -> None:
+        num_blocks = core.reset_prefix_cache()
+        if answer.set_running_or_notify_cancel():
+            answer.set_result(num_blocks)
+
+    def _deliver(self, items: Sequence[tuple[_Stream, _Item]]) -> None:
         """Hands each stream its items, with one wake-up an event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, Delta | JaxserveError]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
         for item in items:
             by_loop.setdefault(item[0].loop, []).append(item)
         for loop, batch in by_loop.items():
@@ -278,9 +342,12 @@ class AsyncEngine:
     def _die(self, error: EngineDeadError) -> None:
         self._death = error
         self._deliver([(stream, error) for stream in list(self._streams.values())])
+        for answer in list(self._resets):
+            if not answer.done() and answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
 
 
-def _put(batch: list[tuple[_Stream, Delta | JaxserveError]]) -> None:
+def _put(batch: list[tuple[_Stream, _Item]]) -> None:
     for stream, item in batch:
         stream.items.append(item)
         stream.wake.set()

@@ -1,7 +1,8 @@
 """Compiling the step programs before the first request, and knowing that none is compiled after.
 
-A fixed set: one program for each token bucket and two for admission. They are called as compiled
-executables, so that a shape nobody planned for is an error and not a silent compilation.
+A fixed set: one program for each token bucket, three for admission, and for beams and for moving blocks one or a few
+by size. They are called as compiled executables, so that a shape nobody planned for is an error and not a silent
+compilation.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,12 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import EngineLimits, ModelConfig
+from jaxserve.engine.beams import follow_sizes
 from jaxserve.errors import ConfigError
+from jaxserve.ops.beams import follow_beams, start_beams
+from jaxserve.ops.blocks import copy_blocks, gather_blocks, scatter_blocks
 from jaxserve.state import DecodeState, KVCache, StepShape
-from jaxserve.steps import ROW_FIELDS, admit_row, set_row_tables, step, table_fields
+from jaxserve.steps import admit_row, count_fields, count_stored, row_fields, set_row_tables, step, table_fields
+from jaxserve.types import MAX_BEAM_WIDTH
 
 # (programs done, programs in all, name of the one just done, its seconds)
 OnProgress = Callable[[int, int, str, float], None]
+_Programs = dict[str, Callable[[], Any]]  # name -> lowering
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -54,21 +60,33 @@ class CompiledSteps:
 
     Attributes:
         steps: (shape, executable) of each bucket, ascending.
-        admit, set_tables: `steps.admit_row` and `steps.set_row_tables`.
+        admit, set_tables, count_stored: `steps.admit_row`, `steps.set_row_tables` and `steps.count_stored`.
+        start_beams: `ops.beams.start_beams`.
+        follow_beams: `ops.beams.follow_beams` by number of rows.
+        copy, gather, scatter: `ops.blocks.copy_blocks`, `gather_blocks` and `scatter_blocks` by number of blocks.
         compile_s: seconds of each program by name.
     """
 
     steps: tuple[tuple[StepShape, Callable], ...]
     admit: Callable
     set_tables: Callable
+    count_stored: Callable
+    start_beams: Callable
+    follow_beams: Mapping[int, Callable]
+    copy: Mapping[int, Callable]
+    gather: Mapping[int, Callable]
+    scatter: Mapping[int, Callable]
     compile_s: dict[str, float]
 
-    def for_tokens(self, num_tokens: int) -> tuple[StepShape, Callable]:
-        """The smallest bucket that holds `num_tokens`."""
+    def for_plan(self, num_tokens: int, num_updates: int) -> tuple[StepShape, Callable]:
+        """The smallest bucket that holds so many tokens and updates of block tables."""
         for shape, executable in self.steps:
-            if shape.num_tokens >= num_tokens:
+            if shape.num_tokens >= num_tokens and shape.num_updates >= num_updates:
                 return shape, executable
-        raise AssertionError(f"a step of {num_tokens} tokens is past the last bucket, {self.steps[-1][0].num_tokens}")
+        raise AssertionError(
+            f"a step of {num_tokens} tokens and {num_updates} updates of block tables is past the last bucket, "
+            f"{self.steps[-1][0]}"
+        )
 
 
 def step_shape(limits: EngineLimits, num_tokens: int) -> StepShape:
@@ -96,22 +114,84 @@ def compile_steps(
         params, kv, state: the arrays themselves; their shapes and shardings are what is compiled for.
     """
     abstract = partial(jax.tree.map, _abstract)
-    programs: dict[str, Callable[[], Any]] = {}
-    for num_tokens in reversed(limits.token_buckets):  # the longest compilations first
+    shapes = abstract(params), abstract(kv), abstract(state)
+    programs = (  # the longest compilations first
+        _step_programs(*shapes, model, limits)
+        | _state_programs(shapes[2], model, limits)
+        | _memory_programs(shapes[1], shapes[2], limits)
+    )
+    compiled, seconds = _compile_all(programs, on_progress)
+
+    def by_size(name: str, sizes: Iterable[int]) -> dict[int, Callable]:
+        return {size: compiled[f"{name}[{size}]"] for size in sizes}
+
+    return CompiledSteps(
+        steps=tuple((step_shape(limits, n), compiled[f"step[{n}]"]) for n in limits.token_buckets),
+        admit=compiled["admit"],
+        set_tables=compiled["set_tables"],
+        count_stored=compiled["count_stored"],
+        start_beams=compiled["start_beams"],
+        follow_beams=by_size("follow_beams", follow_sizes(limits.max_num_seqs)),
+        copy=by_size("copy", copy_sizes(limits)),
+        gather=by_size("gather", limits.swap_buckets),
+        scatter=by_size("scatter", limits.swap_buckets),
+        compile_s=seconds,
+    )
+
+
+def copy_sizes(limits: EngineLimits) -> tuple[int, ...]:
+    """Numbers of blocks that copies are compiled for: a few, and one for each row."""
+    return tuple(sorted({min(8, limits.max_num_seqs), limits.max_num_seqs}))
+
+
+def _step_programs(params: Any, kv: Any, state: Any, model: ModelConfig, limits: EngineLimits) -> _Programs:
+    programs: _Programs = {}
+    for num_tokens in reversed(limits.token_buckets):
         shape = step_shape(limits, num_tokens)
         function = partial(step, config=model, shape=shape, max_model_len=limits.max_model_len)
         jitted = jax.jit(function, donate_argnums=(1, 2))
-        packed = jax.ShapeDtypeStruct((shape.packed_len,), jnp.int32)
-        programs[f"step[{num_tokens}]"] = partial(jitted.lower, abstract(params), abstract(kv), abstract(state), packed)
+        programs[f"step[{num_tokens}]"] = partial(jitted.lower, params, kv, state, _ints(shape.packed_len))
+    return programs
+
+
+def _state_programs(state: Any, model: ModelConfig, limits: EngineLimits) -> _Programs:
+    """Programs that change the decode state alone."""
+    programs: _Programs = {}
     for name, function, fields in (
-        ("admit", admit_row, ROW_FIELDS),
+        ("admit", admit_row, row_fields(limits.max_blocks_per_row)),
         ("set_tables", set_row_tables, table_fields(model.vocab_size)),
+        (
+            "count_stored",
+            partial(count_stored, max_model_len=limits.max_model_len),
+            count_fields(limits.max_model_len),
+        ),
+        ("start_beams", start_beams, {"rows": MAX_BEAM_WIDTH}),
     ):
-        packed = jax.ShapeDtypeStruct((sum(fields.values()),), jnp.int32)
-        programs[name] = partial(jax.jit(function, donate_argnums=(0,)).lower, abstract(state), packed)
-    compiled, seconds = _compile_all(programs, on_progress)
-    steps = tuple((step_shape(limits, n), compiled[f"step[{n}]"]) for n in limits.token_buckets)
-    return CompiledSteps(steps, compiled["admit"], compiled["set_tables"], seconds)
+        packed = _ints(sum(fields.values()))
+        programs[name] = partial(jax.jit(function, donate_argnums=(0,)).lower, state, packed)
+    return programs
+
+
+def _memory_programs(kv: Any, state: Any, limits: EngineLimits) -> _Programs:
+    """Programs that move whole blocks."""
+    programs: _Programs = {}
+    follow = jax.jit(partial(follow_beams, block_size=limits.block_size), donate_argnums=(0, 1))
+    for size in follow_sizes(limits.max_num_seqs):
+        programs[f"follow_beams[{size}]"] = partial(follow.lower, kv, state, _ints(2 * size))
+    copy = jax.jit(copy_blocks, donate_argnums=(0,))
+    for size in copy_sizes(limits):
+        programs[f"copy[{size}]"] = partial(copy.lower, kv, _ints(2 * size))
+    gather, scatter = jax.jit(gather_blocks), jax.jit(scatter_blocks, donate_argnums=(0,))
+    for size in limits.swap_buckets:
+        layer = kv.layers[0]
+        payload = jax.ShapeDtypeStruct((size, len(kv.layers), *layer.shape[1:]), layer.dtype)
+        programs[f"gather[{size}]"] = partial(gather.lower, kv, _ints(size))
+        programs[f"scatter[{size}]"] = partial(scatter.lower, kv, payload, _ints(size))
+    return programs
+
+
+def _ints(length: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((length,), jnp.int32)
 
 
 def _abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections import abc
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,51 +19,35 @@ import numpy as np
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine.admission import AdmittedParams, admit
 from jaxserve.engine.compiled import OnProgress, compile_counter, use_compilation_cache
+from jaxserve.engine.generation import Gains, Generation, gains_of
 from jaxserve.engine.resolve import resolve_engine_config
-from jaxserve.engine.runner import Runner, RunningStep, StepAnswer
-from jaxserve.errors import EngineDeadError, NumericalError
+from jaxserve.engine.runner import Runner, RunningStep
+from jaxserve.errors import EngineDeadError
 from jaxserve.metrics import EngineMetrics
-from jaxserve.ops.logprobs import unpack_logprobs
-from jaxserve.scheduler.finish import FINISH_REASONS, StepEvents
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.sequences import Request
-from jaxserve.state import tree_device_bytes
-from jaxserve.types import Delta, EngineStats, FinishReason, SamplingParams, TokenLogprobs
+from jaxserve.scheduler.sequences import Request, Sequence
+from jaxserve.state import PROMPT_LOGPROBS, tree_device_bytes
+from jaxserve.types import BeamSearchParams, Delta, EngineStats, FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # of the device; then the engine is declared dead
 
 
-@dataclass(slots=True, eq=False)
-class Generation:
-    """A request on its way through the engine: the payload of its scheduler `Request`.
-
-    Attributes:
-        owner: whoever asked; carried, never read.
-        prompt_logprobs: filled in chunk by chunk, delivered with the first token; None if not asked.
-    """
-
-    request_id: str
-    admitted: AdmittedParams
-    owner: Any
-    arrival_s: float
-    scheduled_s: float | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    num_output: int = 0
-    num_preemptions: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-
-
 @dataclass(slots=True)
 class _Pending:
-    """A dispatched step and whose prompt logprobs it carries: (generation, position, stream offset, length)."""
+    """A dispatched step.
+
+    Attributes:
+        prompt_logprobs: whose it carries: (generation, position, stream offset, length).
+        searches: beam searches that begin with it.
+    """
 
     running: RunningStep
     prompt_logprobs: list[tuple[Generation, int, int, int]] = field(default_factory=list)
+    searches: list[Generation] = field(default_factory=list)
 
 
 class EngineCore:
@@ -84,7 +68,7 @@ class EngineCore:
         weight_bytes = tree_device_bytes(params)
         self.model, self.config = model, config
         self.limits = limits = resolve_engine_config(config, model, weight_bytes=weight_bytes)
-        self.runner = Runner(params, model, limits, on_progress=on_progress)
+        self.runner = Runner(params, model, limits, verify_swaps=config.verify_swaps, on_progress=on_progress)
         self.metrics = EngineMetrics(
             max_model_len=limits.max_model_len,
             cache_info={
@@ -92,14 +76,18 @@ class EngineCore:
                 "num_gpu_blocks": str(limits.num_blocks - 1),
                 "cache_dtype": limits.kv_dtype,
             },
+            swapped_out=self.runner.store.out,
+            swapped_in=self.runner.store.back,
         )
         for name, seconds in self.runner.compiled.compile_s.items():
             self.metrics.on_compiled(name, seconds)
         self.scheduler = self._make_scheduler()
         self._num_checked = itertools.count()
+        self._generations: dict[str, Generation] = {}
+        self._committed: StepPlan | None = None  # and not dispatched
         self._pending: _Pending | None = None
         self._num_steps = self._num_failures = 0
-        self._busy_since = self._last_token_s = time.monotonic()
+        self._busy_since = self._last_answer_s = time.monotonic()
         self._compilations = compile_counter()
         self._compilations_at_ready = self._compilations.count
         self.init_s = time.monotonic() - begin
@@ -115,6 +103,9 @@ class EngineCore:
                 max_num_batched_tokens=limits.max_num_batched_tokens,
                 max_num_queued_reqs=limits.max_num_queued_reqs,
                 eos_token_ids=self.model.eos_token_ids,
+                num_swap_blocks=limits.num_swap_blocks,
+                enable_prefix_caching=self.config.enable_prefix_caching,
+                costs=self.runner.costs,
             )
         )
 
@@ -122,13 +113,15 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._pending is not None
 
-    def check(self, token_ids: Sequence[int], params: SamplingParams) -> AdmittedParams:
+    def check(
+        self, token_ids: abc.Sequence[int], params: SamplingParams | BeamSearchParams, cache_salt: str | None = None
+    ) -> AdmittedParams:
         """The request as it would be admitted. Any thread may ask.
 
         Raises:
             RequestError: it can never be served.
         """
-        return admit(token_ids, params, self.model, self.limits, self._draw_seed())
+        return admit(token_ids, params, self.model, self.limits, self._draw_seed(), cache_salt)
 
     def _draw_seed(self) -> int:
         """A seed for a request that brings none, from the engine's seed and how many were checked before.
@@ -151,18 +144,21 @@ class EngineCore:
         if not self.has_work:
             self._busy_since = time.monotonic()
         generation = Generation(request_id, admitted, owner, time.monotonic() if arrival_s is None else arrival_s)
-        if admitted.params.prompt_logprobs is not None:
-            generation.prompt_logprobs = [None for _ in range(admitted.num_prompt)]
         self.scheduler.add(
             Request(
                 request_id,
                 admitted.prompt,
                 admitted.max_total_len,
                 stop_token_ids=admitted.stop_ids,
-                min_tokens=admitted.params.min_tokens,
+                min_tokens=admitted.sampling.min_tokens,
                 payload=generation,
+                num_sequences=admitted.params.num_sequences,
+                beam=admitted.beam,
+                cache_salt=admitted.cache_salt,
+                reads_cache=admitted.sampling.prompt_logprobs is None,
             )
         )
+        self._generations[request_id] = generation
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> Any | None:
         """Ends a request in any state and frees what it holds; returns its owner, None if it is not here.
@@ -171,10 +167,42 @@ class EngineCore:
             reason: what the metrics count: "stop" where the caller found a stop string in the text.
         """
         request = self.scheduler.abort(request_id)
+        return None if request is None else self._end(request.payload, reason, time.monotonic())
+
+    def abort_sequence(self, request_id: str, index: int, reason: FinishReason = "abort") -> Any | None:
+        """Ends one of a request's continuations; returns the request's owner, None if there is no such one.
+
+        Args:
+            reason: what the metrics count if it was the request's last.
+        """
+        ended = self.scheduler.abort_sequence(request_id, index)
+        if ended is None:
+            return None
+        (sequence, is_last), now = ended, time.monotonic()
+        generation: Generation = sequence.request.payload
+        return self._end(generation, reason, now) if is_last else generation.owner
+
+    def refuse(self, request_id: str, reason: str) -> Any | None:
+        """Takes a request that has had no step back out of the queue; returns its owner, None if it is not here.
+
+        Args:
+            reason: by which the metrics count it among the refused ones, not among those that ended.
+        """
+        request = self.scheduler.abort(request_id)
         if request is None:
             return None
-        self._finish_metrics(request.payload, reason, time.monotonic())
-        return request.payload.owner
+        self.metrics.on_rejected(reason)
+        return self._generations.pop(request_id).owner
+
+    def _end(self, generation: Generation, reason: FinishReason, now: float) -> Any:
+        """Counts a request that has left the scheduler; returns its owner."""
+        del self._generations[generation.request_id]
+        generation.report(self.metrics, reason, now)
+        return generation.owner
+
+    def reset_prefix_cache(self) -> int:
+        """Forgets the KV of past prompts and outputs; returns how many blocks of it there were."""
+        return self.scheduler.reset_prefix_cache()
 
     def waiting_since(self, deadline_s: float) -> list[str]:
         """Ids of requests that arrived before `deadline_s` (`time.monotonic`) and had no step yet.
@@ -206,10 +234,11 @@ class EngineCore:
 
     def _step(self) -> list[tuple[Any, Delta]]:
         before, self._pending = self._pending, None
-        plan = self.scheduler.plan()
-        if not plan.is_empty:
-            self.scheduler.commit(plan)
-            self._pending = self._dispatch(plan)
+        decision = self.scheduler.plan()
+        if not decision.is_empty:
+            self._committed = self.scheduler.commit(decision)
+            self._pending = self._dispatch(self._committed)
+            self._committed = None
         deltas = self._digest(before) if before else []
         if self._pending and not self.config.async_scheduling:
             after, self._pending = self._pending, None
@@ -218,142 +247,103 @@ class EngineCore:
 
     def _dispatch(self, plan: StepPlan) -> _Pending:
         sequences = self.scheduler.sequences
-        now = time.monotonic()
-        for row in plan.admitted:
-            request: Request = sequences.requests[row]  # type: ignore[assignment]
-            generation: Generation = request.payload
-            self.runner.admit(row, generation.admitted, sequences.known_token_ids(row))
-            if generation.scheduled_s is None:
-                generation.scheduled_s = now
-            generation.num_preemptions = int(sequences.num_preemptions[row])
+        if plan.admitted or plan.preempted:
+            self._note_moves(plan)
         pending = _Pending(self.runner.run(plan, sequences))
+        for group in plan.beam_groups:
+            leader: Sequence = sequences.sequences[group[0]]
+            pending.searches.append(leader.request.payload)
         offset = len(plan.decode_rows)
         for row, start, length in zip(
             plan.prefill_rows.tolist(), plan.prefill_starts.tolist(), plan.prefill_lens.tolist(), strict=True
         ):
-            prefilled: Request = sequences.requests[row]  # type: ignore[assignment]
-            generation = prefilled.payload
+            generation: Generation = sequences.sequences[row].request.payload
             if generation.prompt_logprobs is not None:
                 pending.prompt_logprobs.append((generation, start, offset, length))
             offset += length
         return pending
 
+    def _note_moves(self, plan: StepPlan) -> None:
+        """Tells the device of new rows, and notes who came and who gave way."""
+        now, sequences, counters = time.monotonic(), self.scheduler.sequences, self.scheduler.counters
+        for gone in plan.preempted:
+            self._generations[gone.request_id].num_preemptions += 1
+            self.metrics.preemptions_by_means["swap" if gone.swapped else "recompute"] += 1
+        for admitted in plan.admitted:
+            sequence: Sequence = sequences.sequences[admitted.row]
+            generation: Generation = sequence.request.payload
+            params = generation.admitted
+            # Of prompt logprobs nothing is left to do where they were delivered, or no token but the last is fed.
+            served = generation.prompt_logprobs is None or admitted.num_stored >= params.num_prompt - 1
+            features = params.features & ~PROMPT_LOGPROBS if served else params.features
+            known = sequences.known_token_ids(admitted.row)
+            self.runner.admit(admitted, params, known, index=sequence.index, features=features)
+            if generation.scheduled_s is None:
+                generation.scheduled_s = now
+            if sequence.index == 0:
+                generation.num_cached_tokens = max(sequence.num_cached_tokens, 0)
+        seen = self.metrics
+        seen.on_prefix_lookup(counters.prefix_queries - seen.prefix_queries, counters.prefix_hits - seen.prefix_hits)
+
     def _digest(self, pending: _Pending) -> list[tuple[Any, Delta]]:
         plan = pending.running.plan
         answer = self.runner.fetch(pending.running)
         now = time.monotonic()
-        for entry in pending.prompt_logprobs:
-            self._collect_prompt_logprobs(*entry, answer)
+        for generation, start, offset, length in pending.prompt_logprobs:
+            generation.collect_prompt_logprobs(start, offset, length, answer)
         assert not len(answer.tokens) or 0 <= answer.tokens.min() <= answer.tokens.max() < self.model.vocab_size
         failed = answer.failed if answer.failed.any() else None
-        events = self.scheduler.digest(plan, answer.tokens, failed)
-        deltas, inter_token, ttft = self._deltas(events, answer, now)
+        events = self.scheduler.digest(plan, answer.tokens, failed, answer.beams)
+        for generation in pending.searches:
+            generation.first_token_s = now
+        gains = gains_of(events, answer, now)
+        for generation, reason in gains.ended:
+            self._end(generation, reason, now)
         self._num_steps += 1
-        if deltas:
-            self._last_token_s = now
-        num_prefill = int(plan.prefill_lens.sum())
-        kind = "decode" if not num_prefill else "mixed" if len(plan.decode_rows) else "prefill"
+        if not plan.is_empty:
+            self._last_answer_s = now
+            self._count_step(pending.running, gains)
+        return gains.deltas
+
+    def _count_step(self, running: RunningStep, gains: Gains) -> None:
+        num_prefill = int(running.plan.prefill_lens.sum())
         self.metrics.on_step(
-            kind=kind,
-            step_s=now - pending.running.dispatched_s,
+            kind="decode" if not num_prefill else "mixed" if len(running.plan.decode_rows) else "prefill",
+            step_s=gains.now - running.dispatched_s,
             num_prompt_tokens=num_prefill,
-            num_generation_tokens=len(deltas),
-            inter_token_s=np.asarray(inter_token),
-            ttft_s=np.asarray(ttft),
-        )
-        return deltas
-
-    def _deltas(
-        self, events: StepEvents, answer: StepAnswer, now: float
-    ) -> tuple[list[tuple[Any, Delta]], list[float], list[float]]:
-        """Each live row's delta; seconds since the last token, or since arrival for first ones."""
-        stop_reasons = {item.index: item.stop_reason for item in events.finished}
-        deltas, inter_token, ttft = [], [], []
-        for index, (token, code, request, live) in enumerate(
-            zip(
-                events.tokens.tolist(),
-                events.finish_codes.tolist(),
-                events.requests.tolist(),
-                events.live.tolist(),
-                strict=True,
-            )
-        ):
-            if not live:
-                continue
-            generation: Generation = request.payload
-            reason = FINISH_REASONS[code]
-            if reason == "error":
-                error = NumericalError("The model's logits were not finite.")
-                deltas.append((generation.owner, Delta(finish_reason="error", error=error)))
-                self._finish_metrics(generation, "error", now)
-                continue
-            prompt_logprobs = None
-            if generation.first_token_s is None:
-                generation.first_token_s = now
-                ttft.append(now - generation.arrival_s)
-                if generation.prompt_logprobs is not None:
-                    prompt_logprobs, generation.prompt_logprobs = tuple(generation.prompt_logprobs), None
-            else:
-                assert generation.last_token_s is not None
-                inter_token.append(now - generation.last_token_s)
-            generation.last_token_s = now
-            generation.num_output += 1
-            num_top = generation.admitted.params.logprobs
-            logprobs = None
-            if num_top is not None:
-                assert answer.logprobs is not None
-                logprobs = (unpack_logprobs(answer.logprobs[index], token, num_top),)
-            delta = Delta((token,), logprobs, prompt_logprobs, reason, stop_reasons.get(index))
-            deltas.append((generation.owner, delta))
-            if reason is not None:
-                self._finish_metrics(generation, reason, now)
-        return deltas, inter_token, ttft
-
-    def _collect_prompt_logprobs(
-        self, generation: Generation, start: int, offset: int, length: int, answer: StepAnswer
-    ) -> None:
-        """Files a chunk's rows: the row of position p speaks of the prompt token at p + 1."""
-        collected, num_top = generation.prompt_logprobs, generation.admitted.params.prompt_logprobs
-        if collected is None or answer.prompt_logprobs is None or num_top is None:
-            return
-        prompt = generation.admitted.prompt
-        for i in range(min(length, len(collected) - 1 - start)):
-            token = int(prompt[start + i + 1])
-            collected[start + i + 1] = unpack_logprobs(answer.prompt_logprobs[offset + i], token, num_top)
-
-    def _finish_metrics(self, generation: Generation, reason: FinishReason, now: float) -> None:
-        first, scheduled, last = generation.first_token_s, generation.scheduled_s, generation.last_token_s
-        self.metrics.on_finished(
-            reason=reason,
-            num_prompt_tokens=generation.admitted.num_prompt,
-            num_generation_tokens=generation.num_output,
-            num_preemptions=generation.num_preemptions,
-            max_tokens=generation.admitted.params.max_tokens,
-            queue_s=(now if scheduled is None else scheduled) - generation.arrival_s,
-            prefill_s=None if first is None or scheduled is None else first - scheduled,
-            decode_s=None if first is None or last is None else last - first,
-            e2e_s=now - generation.arrival_s,
+            num_generation_tokens=gains.num_tokens,
+            inter_token_s=np.asarray(gains.inter_token_s),
+            ttft_s=np.asarray(gains.ttft_s),
         )
 
     def _recover(self, error: Exception) -> None:
-        """A failed step took the donated cache with it. The host has every token id: all are computed again."""
+        """A failed step took the donated cache with it. The host has every token id: all are computed again.
+
+        But for those in host memory whose blocks had arrived there.
+        """
         self._num_failures += 1
         logger.exception("step failed (%d in a row); rebuilding the KV cache", self._num_failures, exc_info=error)
         self._pending = None
         if self._num_failures >= MAX_FAILURES_IN_A_ROW:
             raise EngineDeadError(f"The device failed {self._num_failures} steps in a row.") from error
-        self.scheduler.requeue_running()
+        lost = self.runner.store.lose_pending()
+        if self._committed is not None:
+            lost, self._committed = np.concatenate([lost, self._committed.swap_out_slots]), None
+        self.scheduler.requeue_running(lost)
         self.runner.reset()
 
     def stats(self) -> EngineStats:
-        scheduler, now = self.scheduler, time.monotonic()
+        scheduler, memory, now = self.scheduler, self.scheduler.memory, time.monotonic()
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting,
             num_blocks=self.limits.num_blocks - 1,
             num_free_blocks=scheduler.num_free_blocks,
+            num_cached_blocks=memory.pool.num_kept_free,
+            num_swapped_blocks=memory.host.num_used,
+            num_swap_blocks=memory.host.num_slots,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self._num_steps,
             num_compilations_after_ready=self._compilations.count - self._compilations_at_ready,
-            last_commit_age_s=now - max(self._busy_since, self._last_token_s) if self.has_work else 0.0,
+            last_commit_age_s=now - max(self._busy_since, self._last_answer_s) if self.has_work else 0.0,
         )

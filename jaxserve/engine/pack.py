@@ -12,6 +12,15 @@ from jaxserve.state import PROMPT_LOGPROBS, StepShape
 from jaxserve.steps import FLOAT_FIELDS
 
 
+def empty_step(shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The packed array of a step of padding alone, and views of its fields."""
+    packed = np.zeros(shape.packed_len, np.int32)
+    fields = {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
+    for name in ("rows", "sample_rows", "update_rows"):
+        fields[name].fill(shape.max_rows)
+    return packed, fields
+
+
 def pack_step(
     plan: StepPlan, shape: StepShape, token_ids: np.ndarray, num_prompt: np.ndarray, features: np.ndarray
 ) -> np.ndarray:
@@ -25,11 +34,7 @@ def pack_step(
     Raises:
         AssertionError: an id or index is out of range; JAX would clamp it and read somebody else's.
     """
-    packed = np.zeros(shape.packed_len, np.int32)
-    fields = {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
-    fields["rows"].fill(shape.max_rows)
-    fields["sample_rows"].fill(shape.max_rows)
-    fields["update_rows"].fill(shape.max_rows)
+    packed, fields = empty_step(shape)
     num_decode = len(plan.decode_rows)
     fields["tokens"][:num_decode] = -1
     fields["rows"][:num_decode] = plan.decode_rows
@@ -60,7 +65,7 @@ def _pack_prefill(
     step_features: int,
 ) -> int:
     """Fills in the chunks and their query tiles; returns how many tiles there are."""
-    offset = num_sampled = len(plan.decode_rows)
+    offset = num_sampled = num_decode = len(plan.decode_rows)
     tiles: list[tuple[int, int]] = []
     for row, start, length, samples in zip(
         plan.prefill_rows.tolist(),
@@ -81,6 +86,7 @@ def _pack_prefill(
         tiles.extend((at, min(shape.q_tile, end - at)) for at in range(offset, end, shape.q_tile))
         offset = end
     assert offset <= shape.num_tokens, (offset, shape)
+    fields["stored"][num_decode:offset] = np.repeat(plan.prefill_stored, plan.prefill_lens)
     tile_array = np.asarray(tiles, np.int32)
     fields["tile_start"][: len(tiles)] = tile_array[:, 0]
     fields["tile_len"][: len(tiles)] = tile_array[:, 1]
@@ -96,7 +102,7 @@ def _targets(tokens: np.ndarray, num_prompt: int, start: int, length: int) -> np
 
 
 def pack_fields(fields: Mapping[str, int], values: Mapping[str, Any]) -> np.ndarray:
-    """Values one after the other as `steps.admit_row` and `steps.set_row_tables` split them."""
+    """Values one after the other as the admission programs of `steps` split them."""
     packed = np.empty(sum(fields.values()), np.int32)
     offset = 0
     for name, length in fields.items():

@@ -14,6 +14,7 @@ GIB = 2**30
 CPU_KV_BYTES = 4 * GIB  # default pool on a CPU, where "the device's memory" is everybody's
 MIN_BUCKET = 2  # XLA:CPU converts the whole weight of a one-row 16-bit product: 22 ms instead of 2
 KV_TILE = 64
+MAX_SWAP_BYTES = 64 * 2**20  # one gather to host memory: its copy stands on the device until it has arrived
 
 
 def resolve_engine_config(
@@ -42,6 +43,10 @@ def resolve_engine_config(
     kv_dtype: DType = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     num_blocks = _num_blocks(config, model, kv_dtype, max_num_seqs, max_tokens, max_model_len, weight_bytes, device)
     max_model_len = _fit_model_len(config, max_model_len, num_blocks)
+    block_bytes = model.kv_bytes_per_token(kv_dtype) * config.block_size
+    blocks_per_row = -(-max_model_len // config.block_size)
+    # Who enters anew finds nobody who gave way before it: no more sequences wait swapped than there are rows.
+    num_swap_blocks = min(int(config.swap_space * GIB) // block_bytes, max_num_seqs * blocks_per_row)
     kv_tile = max(KV_TILE if max_model_len <= 16_384 else 4 * KV_TILE, config.block_size)
     tiles = -(-max_model_len // kv_tile)
     return EngineLimits(
@@ -56,6 +61,8 @@ def resolve_engine_config(
         token_buckets=token_buckets(max_tokens, max_num_seqs),
         q_tile=64 if max_model_len <= 16_384 else 256,
         kv_tile=kv_tile,
+        num_swap_blocks=num_swap_blocks,
+        swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
     )
 
 
@@ -72,6 +79,12 @@ def token_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, 
         buckets.add(size)
         size *= 4
     return tuple(sorted(buckets))
+
+
+def swap_buckets(blocks_per_row: int, block_bytes: int) -> tuple[int, ...]:
+    """Block counts to compile copies to and from host memory for: 8, 64, 512 up to one sequence, or 64 MiB."""
+    largest = max(min(blocks_per_row, MAX_SWAP_BYTES // block_bytes), 1)
+    return (*(size for size in (8, 64, 512) if size < largest), largest)
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -9,11 +9,47 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.scheduler.sequences import Request, SequenceTable
+from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable
 from jaxserve.types import FinishReason
 
 CONTINUES, STOP, LENGTH, ERROR = range(4)
 FINISH_REASONS: tuple[FinishReason | None, ...] = (None, "stop", "length", "error")  # by finish code
+
+
+@dataclass(frozen=True, slots=True)
+class BeamAnswer:
+    """What the device says of a step's beams; rows in the order of `plan.sampled_rows`, those of others ignored.
+
+    Attributes:
+        parents: int32[S] the row whose beam each row's beam now continues.
+        scores: float32[S] the new beam's sum of logprobs.
+        stop_tokens: int32[S, 16] of each row's beam before the step, its likeliest stop tokens; -1 pads.
+        stop_scores: float32[S, 16] the sums of logprobs with them, descending; -inf pads.
+    """
+
+    parents: np.ndarray
+    scores: np.ndarray
+    stop_tokens: np.ndarray
+    stop_scores: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """A finished sequence of a beam search.
+
+    Attributes:
+        token_ids: its output.
+        cumulative_logprob: sum of the tokens' logprobs.
+        score: what it is ranked by.
+        reason: "stop" or "length".
+        stop_reason: the request's stop id that ended it; None for the model's end-of-sequence ids.
+    """
+
+    token_ids: tuple[int, ...]
+    cumulative_logprob: float
+    score: float
+    reason: FinishReason
+    stop_reason: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +58,18 @@ class Finished:
 
     Attributes:
         index: its place in the step's arrays.
-        request: whose it was.
-        reason: "stop", "length" or "error".
+        sequence: which it was.
+        reason: "stop", "length" or "error"; with an error all sequences of the request have ended.
         stop_reason: the request's stop id that ended it; None for the model's end-of-sequence ids and
             for other reasons.
+        is_last: no sequence of the request is left.
     """
 
     index: int
-    request: Request
+    sequence: Sequence
     reason: FinishReason
     stop_reason: int | None
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +81,11 @@ class StepEvents:
         rows: int64[S] rows when the plan was made.
         positions: int32[S] the tokens' positions.
         tokens: int32[S].
-        live: bool[S] false where the row had been taken away meanwhile: the token is dropped.
+        live: bool[S] false where the token is nobody's: the row had been taken away meanwhile, or it is a beam.
         finish_codes: int8[S] index into `FINISH_REASONS`; of an ERROR row the token is worthless.
-        requests: object[S] the Request of each row when the plan was committed, live or not.
+        sequences: object[S] the Sequence of each row when the plan was committed, live or not.
         finished: the sequences that ended, in the same order; their rows and blocks are free already.
+        beams: beam searches that ended, with their hypotheses, the best first. One that failed is in `finished`.
     """
 
     step: int
@@ -55,8 +94,9 @@ class StepEvents:
     tokens: np.ndarray
     live: np.ndarray
     finish_codes: np.ndarray
-    requests: np.ndarray
+    sequences: np.ndarray
     finished: tuple[Finished, ...]
+    beams: tuple[tuple[Request, tuple[Hypothesis, ...]], ...] = ()
 
 
 def finish_codes(
@@ -70,25 +110,14 @@ def finish_codes(
         tokens: [n] the newest.
         failed: bool[n] rows whose answer is worthless, or None.
     """
-    codes = (lengths >= sequences.max_total_len[rows]) * np.int8(LENGTH)
+    codes = np.zeros(len(rows), np.int8)
+    at_end = lengths >= sequences.max_total_len[rows]
+    if np.count_nonzero(at_end):
+        codes[at_end] = LENGTH
     if sequences.stop_width:
-        stops = (sequences.stop_ids[: sequences.stop_width].take(rows, axis=1) == tokens).any(axis=0)
-        if stops.any():
-            codes[stops & (lengths >= sequences.min_stop_len[rows])] = STOP
+        stops = sequences.stop_ids[: sequences.stop_width].take(rows, axis=1) == tokens
+        if np.count_nonzero(stops):
+            codes[stops.any(axis=0) & (lengths >= sequences.min_stop_len[rows])] = STOP
     if failed is not None:
         codes[failed] = ERROR
     return codes
-
-
-def finished(
-    codes: np.ndarray, requests: np.ndarray, tokens: np.ndarray, eos_token_ids: tuple[int, ...]
-) -> tuple[Finished, ...]:
-    """Those that end, from arrays of one length."""
-    ended = []
-    for index in np.flatnonzero(codes).tolist():
-        code, token = int(codes[index]), int(tokens[index])
-        reason = FINISH_REASONS[code]
-        assert reason is not None
-        stop_reason = token if code == STOP and token not in eos_token_ids else None
-        ended.append(Finished(index, requests[index], reason, stop_reason))
-    return tuple(ended)

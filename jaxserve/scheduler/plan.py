@@ -1,22 +1,62 @@
-"""`StepPlan`: one step's decisions, as a frozen value.
+"""`StepPlan`: one step's decisions and their effects on memory, as a frozen value.
 
-A decision is a value before it is an effect: `planner` makes a plan from a view, `Scheduler.commit`
-carries it out on the tables, `engine.pack` lays it out for the device, `Scheduler.digest` takes the
-device's answer to it. Plans can be printed, compared and replayed.
+A decision is a value before it is an effect: `planner` makes a `Decision` from a view, `Scheduler.commit` carries it
+out on the tables and returns the `StepPlan`, which has the block ids that came of it; `engine` lays the plan out for
+the device, and `Scheduler.digest` takes the device's answer to it. Both can be printed, compared and replayed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 
+def frozen(values: np.ndarray | Sequence[int], dtype: type = np.int32) -> np.ndarray:
+    """The values as a read-only array."""
+    array = np.asarray(values, dtype)
+    array.setflags(write=False)
+    return array
+
+
+NO_IDS = frozen(())
+NO_FLAGS = frozen((), bool)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Admitted:
+    """A row that was given to a sequence in this step.
+
+    Attributes:
+        row: the row.
+        block_ids: int32[m] its whole block table, new blocks included.
+        num_stored: its first tokens whose KV lies in those blocks before the step: shared or restored. At most
+            one of them, the last, is fed again.
+    """
+
+    row: int
+    block_ids: np.ndarray
+    num_stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A sequence that lost its row in this step, and whether its blocks went to host memory."""
+
+    request_id: str
+    index: int
+    swapped: bool
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step computes. All arrays are int32 (bool where said) and must not be written to.
+    """What one step does. All arrays are int32 (bool where said) and must not be written to.
 
-    The tokens of the step are, in this order: one token for each decode row, then each prefill chunk.
+    The device does, in this order: copies `swap_out_blocks` to host memory, copies blocks for copy-on-write (all
+    sources are read before a target is written), restores `swap_in_blocks` from host memory, sets up admitted rows, sets
+    the block table entries, and runs the tokens. A block may be source of one of these and target of a later one.
+    The tokens are: one for each decode row, then each prefill chunk.
 
     Attributes:
         step: counts from 0.
@@ -27,10 +67,17 @@ class StepPlan:
         prefill_lens: [N] tokens in the chunk, at least 1.
         prefill_samples: bool[N] whether the chunk reaches the last known token, so that a token is
             sampled after it.
+        prefill_stored: bool[N] the chunk is one token whose KV is in its block already (which others may
+            share): it is fed for its logits and must not be written again.
         block_rows, block_cols, block_ids: [U] entries of block tables that change in this step: table
-            [row, col] becomes id. They hold the new blocks of all rows in the step.
+            [row, col] becomes id. Of rows that were running before; admitted rows bring their whole table.
+        copy_from, copy_to: [X] blocks whose content is copied, before any token is written.
+        swap_out_blocks, swap_out_slots: [O] blocks whose content goes to a slot of host memory. It must be
+            read before this step writes: the blocks may belong to others by then.
+        swap_in_slots, swap_in_blocks: [I] slots of host memory whose content comes back into a block.
         admitted: rows that were given to a sequence in this step, in order of admission.
-        preempted: request ids that lose their row and blocks and go back to waiting.
+        beam_groups: rows of each beam search whose beams start in this step, in order of the beams.
+        preempted: sequences that lost their row and go back to waiting.
         generations: [D + N] generation of each row (decode rows first) when the plan was made; a row
             whose generation has moved on when the answer arrives belongs to somebody else.
     """
@@ -42,11 +89,19 @@ class StepPlan:
     prefill_starts: np.ndarray
     prefill_lens: np.ndarray
     prefill_samples: np.ndarray
+    prefill_stored: np.ndarray
     block_rows: np.ndarray
     block_cols: np.ndarray
     block_ids: np.ndarray
-    admitted: tuple[int, ...]
-    preempted: tuple[str, ...]
+    copy_from: np.ndarray
+    copy_to: np.ndarray
+    swap_out_blocks: np.ndarray
+    swap_out_slots: np.ndarray
+    swap_in_slots: np.ndarray
+    swap_in_blocks: np.ndarray
+    admitted: tuple[Admitted, ...]
+    beam_groups: tuple[tuple[int, ...], ...]
+    preempted: tuple[Preempted, ...]
     generations: np.ndarray
 
     @property
@@ -60,4 +115,5 @@ class StepPlan:
 
     @property
     def is_empty(self) -> bool:
+        """Whether no token is fed."""
         return len(self.decode_rows) == 0 and len(self.prefill_rows) == 0

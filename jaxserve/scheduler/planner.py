@@ -1,126 +1,170 @@
-"""From the tables to one step's `StepPlan`.
+"""From the tables to one step's `Decision`.
 
 Owns the composition of a step: decode rows, then prefill chunks, then admissions, within the token budget and
-the free blocks. Pure: it reads the tables, takes nothing and changes nothing. Who goes first is `policy`'s.
+the free blocks. Pure: it reads the tables, takes nothing and changes nothing. Who enters is `admission`'s, who gives
+way `policy`'s.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from jaxserve.cache.block_table import BlockTable
-from jaxserve.cache.blocks import BlockPool, blocks_for
+from jaxserve.cache.blocks import blocks_for
+from jaxserve.cache.kv_memory import KVMemory
 from jaxserve.scheduler import policy
-from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.admission import Admission
+from jaxserve.scheduler.decision import Chunk, Decision, Entry, Victim
+from jaxserve.scheduler.plan import frozen
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.sequences import SequenceTable, WaitingQueue
 
 
-def _frozen(values: np.ndarray | tuple, dtype: type = np.int32) -> np.ndarray:
-    """The values as a read-only array."""
-    array = np.asarray(values, dtype)
-    array.flags.writeable = False
-    return array
-
-
-_NOTHING = _frozen(())
-_NO_FLAGS = _frozen((), bool)
-
-
 @dataclass(frozen=True, slots=True)
 class SchedulerView:
-    """The tables that a plan is made from."""
+    """The tables that a decision is made from."""
 
     limits: SchedulerLimits
     sequences: SequenceTable
-    block_table: BlockTable
-    pool: BlockPool
+    memory: KVMemory
     waiting: WaitingQueue
 
 
 @dataclass(slots=True)
 class _Decodes:
-    """The decode half of a plan in the making: rows, their positions, and which of them open a block."""
+    """The decode half of a decision in the making: rows, their positions, and which of them need a block.
+
+    Attributes:
+        opens_block: bool[D] the token is the first of a block.
+        copy_rows: rows whose token goes to a block that others hold.
+        num_copies: blocks that takes; of the rows that share a block and all write, one keeps it.
+    """
 
     rows: np.ndarray
     positions: np.ndarray
     opens_block: np.ndarray
+    copy_rows: np.ndarray
+    num_copies: int
 
     @property
-    def needy_rows(self) -> np.ndarray:
-        return self.rows[self.opens_block]
+    def num_blocks(self) -> int:
+        return int(np.count_nonzero(self.opens_block)) + self.num_copies
 
-    def without(self, rows: np.ndarray) -> _Decodes:
+    def without(self, rows: list[int]) -> _Decodes:
         keep = ~np.isin(self.rows, rows)
-        return _Decodes(self.rows[keep], self.positions[keep], self.opens_block[keep])
+        copy_rows = self.copy_rows[~np.isin(self.copy_rows, rows)]
+        return _Decodes(self.rows[keep], self.positions[keep], self.opens_block[keep], copy_rows, self.num_copies)
 
 
 @dataclass(slots=True)
 class _Prefills:
-    """The prefill half of a plan in the making: chunks, and what is left for more.
+    """The prefill half of a decision in the making: chunks, and what is left for more.
 
     Attributes:
         token_budget: tokens that the step can still take.
         num_free: blocks that nothing in the step has taken yet.
-        chunks: (row, start, length, whether it samples) of each chunk.
-        new_blocks: (row, columns in use, columns it adds) of each chunk.
     """
 
     block_size: int
     token_budget: int
     num_free: int
-    chunks: list[tuple[int, int, int, bool]] = field(default_factory=list)
-    new_blocks: list[tuple[int, int, int]] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
 
-    def feed(self, row: int, start: int, num_known: int, num_blocks: int) -> bool:
-        """Takes as long a chunk as budget and blocks allow; false if not even one token."""
+    def feed(self, row: int, start: int, num_known: int, num_blocks: int, *, stored: bool, samples: bool) -> bool:
+        """Takes as long a chunk as budget and blocks allow; false if not even one token.
+
+        Args:
+            samples: whether the last known token is sampled after.
+        """
         reach = (num_blocks + self.num_free) * self.block_size
         length = min(num_known - start, self.token_budget, reach - start)
         if length <= 0:
             return False
         added = blocks_for(start + length, self.block_size) - num_blocks
-        self.chunks.append((row, start, length, start + length == num_known))
-        self.new_blocks.append((row, num_blocks, added))
+        samples = samples and start + length == num_known
+        self.chunks.append(Chunk(row, start, length, samples, stored, num_blocks, added))
         self.token_budget -= length
         self.num_free -= added
         return True
 
 
-def plan_step(view: SchedulerView, step: int) -> StepPlan:
-    """The next step's plan.
+def decide_step(view: SchedulerView, step: int) -> Decision:
+    """The next step's decision.
 
     Cost: a decode iteration touches no Python object of a sequence; prefill rows and admissions are looped over.
     """
-    decodes, evicted = _plan_decodes(view)
-    num_free = view.pool.num_free - int(np.count_nonzero(decodes.opens_block))
-    if len(evicted):
-        num_free += int(view.block_table.num_blocks[evicted].sum())
+    decodes, victims, num_freed = _plan_decodes(view)
+    num_free = view.memory.pool.num_free + num_freed - decodes.num_blocks
     budget = view.limits.max_num_batched_tokens - len(decodes.rows)
     prefills = _Prefills(view.limits.block_size, budget, num_free)
-    _feed_running(view, prefills, evicted)
-    admitted: tuple[int, ...] = ()
-    if len(view.waiting) and not len(evicted):  # what gave way would only come back to give way again
-        admitted = _feed_admitted(view, prefills, num_free)
-    return _assemble(view, step, decodes, prefills, admitted, evicted)
+    _feed_running(view, prefills, [victim.row for victim in victims])
+    entries: list[Entry] = []
+    groups: list[tuple[int, ...]] = []
+    # What gave way would only come back to give way again.
+    if not victims and (len(view.waiting) or np.count_nonzero(view.sequences.is_beam)):
+        admission = Admission(view.limits, view.sequences, view.memory, num_free)
+        groups = _start_searches(view, prefills, admission, entries)
+        _feed_admitted(view, prefills, admission, entries)
+    rows = decode_rows = frozen(decodes.rows, np.intp)
+    if prefills.chunks:
+        rows = frozen(np.concatenate([rows, [chunk.row for chunk in prefills.chunks]]), np.intp)
+    return Decision(
+        step=step,
+        rows=rows,
+        decode_rows=decode_rows,
+        decode_positions=frozen(decodes.positions),
+        opens_block=frozen(decodes.opens_block, bool),
+        copy_rows=frozen(decodes.copy_rows, np.intp),
+        chunks=tuple(prefills.chunks),
+        entries=tuple(entries),
+        beam_groups=tuple(groups),
+        victims=tuple(victims),
+        generations=frozen(view.sequences.generation[rows]),
+    )
 
 
-def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, np.ndarray]:
-    """The decode rows that have their blocks, and the rows that give way for that."""
-    sequences, table = view.sequences, view.block_table
+def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
+    """The decode rows that have their blocks, the rows that give way for that, and the blocks that they free."""
+    sequences, memory = view.sequences, view.memory
     rows = sequences.decode_rows()
     positions = sequences.num_tokens[rows] - 1
     # A row's blocks hold its computed tokens exactly, so one is missing where a position starts a block.
-    decodes = _Decodes(rows, positions, (positions & (view.limits.block_size - 1)) == 0)
-    shortage = int(np.count_nonzero(decodes.opens_block)) - view.pool.num_free
+    opens_block = (positions & (view.limits.block_size - 1)) == 0
+    copy_rows, num_copies = _rows_to_copy(view, rows, positions, opens_block)
+    decodes = _Decodes(rows, positions, opens_block, copy_rows, num_copies)
+    shortage = decodes.num_blocks - memory.pool.num_free
     if shortage <= 0:
-        return decodes, rows[:0]
-    evicted = policy.victims(sequences, table, decodes.needy_rows, shortage)
-    return decodes.without(evicted), evicted
+        return decodes, [], 0
+    needy = np.concatenate([rows[opens_block], copy_rows])
+    victims, num_freed = policy.Victims(sequences, memory, view.limits.costs, needy).choose(shortage)
+    gone = [victim.row for victim in victims]
+    decodes = decodes.without(gone)
+    decodes.num_copies = min(num_copies, len(decodes.copy_rows))
+    return decodes, victims, num_freed
 
 
-def _feed_running(view: SchedulerView, prefills: _Prefills, evicted: np.ndarray) -> None:
+def _rows_to_copy(
+    view: SchedulerView, rows: np.ndarray, positions: np.ndarray, opens_block: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """The rows whose token goes to a block that others hold, and how many copies that takes."""
+    if not np.count_nonzero(view.sequences.shares_tail):
+        return rows[:0], 0
+    flagged = view.sequences.shares_tail[rows] & ~opens_block
+    rows, cols = rows[flagged], positions[flagged] // view.limits.block_size
+    pool = view.memory.pool
+    ids = view.memory.table.ids[rows, cols]
+    # A sibling that has ended may have entered the block that it shared, filled, into the cache.
+    foreign = (pool.ref_count[ids] > 1) | pool.is_kept[ids]
+    num_copies = 0
+    for block, num_writers in Counter(ids[foreign].tolist()).items():
+        num_others = int(pool.ref_count[block]) - 1
+        num_copies += num_writers if pool.is_kept[block] else min(num_writers, num_others)
+    return rows[foreign], num_copies
+
+
+def _feed_running(view: SchedulerView, prefills: _Prefills, gone: list[int]) -> None:
     """Feeds rows in prefill, most senior first.
 
     One that finds no block waits with what it has: its blocks were free when it was admitted, so they come
@@ -128,88 +172,66 @@ def _feed_running(view: SchedulerView, prefills: _Prefills, evicted: np.ndarray)
     """
     sequences = view.sequences
     rows = sequences.prefill_rows()
-    if len(evicted):
-        rows = rows[~np.isin(rows, evicted)]
+    if gone:
+        rows = rows[~np.isin(rows, gone)]
     if len(rows) == 0:
         return
     for row in policy.by_seniority(sequences, rows).tolist():
         start, known = int(sequences.num_computed[row]), int(sequences.num_known[row])
-        if not prefills.feed(row, start, known, int(view.block_table.num_blocks[row])):
+        num_blocks = int(view.memory.table.num_blocks[row])
+        samples = not sequences.is_beam[row]
+        if not prefills.feed(row, start, known, num_blocks, stored=False, samples=samples):
             return
 
 
-def _feed_admitted(view: SchedulerView, prefills: _Prefills, num_free: int) -> tuple[int, ...]:
-    """Feeds the queue's first sequences, as many as may enter; returns the rows they get.
+def _start_searches(
+    view: SchedulerView, prefills: _Prefills, admission: Admission, entries: list[Entry]
+) -> list[tuple[int, ...]]:
+    """Starts the beam searches whose prompt is computed, where there are rows for all their beams.
 
-    Args:
-        num_free: free blocks when the step's decode rows have theirs.
+    Every beam feeds the last prompt token again, whose KV is stored, and so takes part in the first selection.
     """
-    if not len(view.waiting) or not prefills.token_budget:
-        return ()
-    admission = policy.Admission(view.limits, view.sequences, view.block_table, num_free)
-    admitted = []
-    for row, sequence in zip(np.flatnonzero(~view.sequences.active).tolist(), view.waiting, strict=False):
-        if not prefills.token_budget or not admission.admit(sequence):
+    groups = []
+    sequences = view.sequences
+    ready = sequences.is_beam & ~sequences.on_device & (sequences.num_computed == sequences.num_known)
+    for leader in np.flatnonzero(ready).tolist():
+        others = sequences.sequences[leader].request.sequences[1:]
+        if len(others) > admission.num_rows or len(others) + 1 > prefills.token_budget:
+            continue
+        joined = [admission.enter_beam(sequence, leader) for sequence in others]
+        entries += joined
+        group = (leader, *(entry.row for entry in joined))
+        known = int(sequences.num_known[leader])
+        num_blocks = int(view.memory.table.num_blocks[leader])
+        for row in group:
+            prefills.feed(row, known - 1, known, num_blocks, stored=True, samples=True)
+        groups.append(group)
+    return groups
+
+
+def _feed_admitted(view: SchedulerView, prefills: _Prefills, admission: Admission, entries: list[Entry]) -> None:
+    """Feeds the queue's first sequences, as many as may enter."""
+    starting = {id(entry.sequence) for entry in entries}
+    for sequence in view.waiting:
+        if id(sequence) in starting:
+            continue
+        if not prefills.token_budget or not admission.num_rows:
             break
-        fed = prefills.feed(row, 0, len(sequence.known_token_ids), 0)
-        assert fed, f"row {row} was admitted without a free block"
-        admitted.append(row)
-    return tuple(admitted)
-
-
-def _assemble(
-    view: SchedulerView,
-    step: int,
-    decodes: _Decodes,
-    prefills: _Prefills,
-    admitted: tuple[int, ...],
-    evicted: np.ndarray,
-) -> StepPlan:
-    """The finished plan; block ids are those that the pool will give out after the victims' return to it."""
-    rows = decodes.rows
-    chunk_rows = starts = lens = block_rows = block_cols = block_ids = _NOTHING
-    samples = _NO_FLAGS
-    if decodes.opens_block.any():
-        block_rows = decodes.needy_rows
-        block_cols = decodes.positions[decodes.opens_block] // view.limits.block_size
-    if prefills.chunks:
-        chunk_rows, starts, lens, samples = (_frozen(column) for column in zip(*prefills.chunks, strict=True))
-        samples = _frozen(samples, bool)
-        rows = np.concatenate([rows, chunk_rows])
-        block_rows, block_cols = _with_prefill_blocks(block_rows, block_cols, prefills.new_blocks)
-    if len(block_rows):
-        block_ids = _frozen(_next_blocks(view, evicted, len(block_rows)))
-    gave_way = view.sequences.requests[evicted] if len(evicted) else ()
-    return StepPlan(
-        step=step,
-        decode_rows=_frozen(decodes.rows),
-        decode_positions=_frozen(decodes.positions),
-        prefill_rows=chunk_rows,
-        prefill_starts=starts,
-        prefill_lens=lens,
-        prefill_samples=samples,
-        block_rows=_frozen(block_rows),
-        block_cols=_frozen(block_cols),
-        block_ids=block_ids,
-        admitted=admitted,
-        preempted=tuple(request.request_id for request in gave_way),
-        generations=_frozen(view.sequences.generation[rows]),
-    )
-
-
-def _with_prefill_blocks(
-    block_rows: np.ndarray, block_cols: np.ndarray, new_blocks: list[tuple[int, int, int]]
-) -> tuple[np.ndarray, np.ndarray]:
-    """The decode rows' new table entries, followed by those of the prefill chunks."""
-    rows, used, added = np.array(new_blocks).T
-    runs = [np.arange(first, first + count) for first, count in zip(used, added, strict=True)]
-    return np.concatenate([block_rows, np.repeat(rows, added)]), np.concatenate([block_cols, *runs])
-
-
-def _next_blocks(view: SchedulerView, evicted: np.ndarray, count: int) -> np.ndarray:
-    """int32[count]: what the pool gives out once the evicted rows' blocks are back in it."""
-    num_free = view.pool.num_free
-    if count <= num_free:
-        return view.pool.peek(count)
-    returned = view.block_table.blocks_of(evicted)[: count - num_free]
-    return np.concatenate([view.pool.peek(num_free), returned])
+        if sequence.request.beam is not None and sequence.index > 0:
+            break  # its search starts with all its beams, as soon as there are rows for them
+        entry = admission.enter(sequence)
+        if entry is None:
+            break
+        entries.append(entry)
+        prefills.num_free -= entry.num_taken
+        known = len(sequence.known_token_ids)
+        num_blocks = len(entry.shared) if sequence.swapped is None else len(sequence.swapped)
+        fed = prefills.feed(
+            entry.row,
+            min(entry.num_stored, known - 1),
+            known,
+            num_blocks,
+            stored=entry.num_stored == known,
+            samples=sequence.request.beam is None,
+        )
+        assert fed, f"row {entry.row} was admitted without a free block"

@@ -1,16 +1,16 @@
-"""Who enters, and who gives way when the blocks run out.
+"""Who gives way when the blocks run out, and by which means.
 
-Owns the rules, as pure functions of the tables; it changes nothing. First come, first served:
+Owns the rules, as pure functions of the tables; it changes nothing. `admission` has the rules of who enters.
 
-* A plan serves decode rows first, then prefills and admissions in order of arrival.
-* When blocks run out, the youngest row gives way, and takes its old place in the queue.
+* When blocks run out, one of the `VICTIM_WINDOW` youngest rows gives way, the one that gives back blocks at the lowest
+  cost, and takes its old place in the queue. Its blocks go to host memory, or are dropped and computed again, by cost.
 * A sequence that gave way `MAX_PREEMPTIONS` times is protected from then on: it never gives way again. It is
   admitted only when the whole pool holds all protected rows at their longest, so that none of them ever needs
-  another's blocks.
+  another's blocks. The beams of a search are protected from the start: their scores live on the device.
 
-So preemptions a request are bounded, and nothing can deadlock: the protected rows, or where there are none the
+So preemptions a sequence are bounded, and nothing can deadlock: the protected rows, or where there are none the
 oldest row, can take every other row's blocks, and finish with them (`Scheduler.add` refused what the whole pool
-cannot hold).
+cannot hold; who waits holds no block).
 """
 
 from __future__ import annotations
@@ -19,12 +19,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.cache.block_table import BlockTable
 from jaxserve.cache.blocks import blocks_for
+from jaxserve.cache.kv_memory import KVMemory
 from jaxserve.errors import ConfigError
-from jaxserve.scheduler.sequences import Sequence, SequenceTable
+from jaxserve.scheduler.decision import Victim
+from jaxserve.scheduler.sequences import Request, SequenceTable
 
 MAX_PREEMPTIONS = 4  # healthy servers see at most 4 a request; 5 is where users call it a livelock
+VICTIM_WINDOW = 4  # who waits is overtaken by at most three younger ones
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCosts:
+    """What the two means of preemption cost, as measured on the device.
+
+    Attributes:
+        swap_fixed_s: of a swap, out and in, however small.
+        swap_block_s: for each block, out and in.
+        prefill_token_s: of computing a token again.
+    """
+
+    swap_fixed_s: float = 0.0
+    swap_block_s: float = 1e-5
+    prefill_token_s: float = 1e-5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +54,12 @@ class SchedulerLimits:
         max_num_seqs: R, rows of the running batch.
         max_model_len: tokens of the longest sequence.
         max_num_batched_tokens: tokens a step, at least one for each row.
-        max_num_queued_reqs: requests that may wait, beside those for which a row is free.
+        max_num_queued_reqs: sequences that may wait, beside those for which a row is free.
         eos_token_ids: the model's end-of-sequence ids; a stop at one of them has no stop_reason.
+        num_swap_blocks: blocks that host memory holds; 0 turns swapping off.
+        enable_prefix_caching: whether blocks are kept for others that begin alike.
+        costs: of swapping and computing.
+        model_version: names the weights: KV of one version is never another's.
     """
 
     num_blocks: int
@@ -48,10 +69,14 @@ class SchedulerLimits:
     max_num_batched_tokens: int
     max_num_queued_reqs: int = 1024
     eos_token_ids: tuple[int, ...] = ()
+    num_swap_blocks: int = 0
+    enable_prefix_caching: bool = True
+    costs: MemoryCosts = MemoryCosts()
+    model_version: str = ""
 
     def __post_init__(self) -> None:
         bounds = {"num_blocks": 2, "max_num_seqs": 1, "max_model_len": 1, "max_num_queued_reqs": 1}
-        for name, low in bounds.items():
+        for name, low in (*bounds.items(), ("num_swap_blocks", 0)):
             if getattr(self, name) < low:
                 raise ConfigError(f"{name} must be at least {low}, got {getattr(self, name)}.")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
@@ -68,73 +93,76 @@ class SchedulerLimits:
         return blocks_for(self.max_model_len, self.block_size)
 
 
-def is_protected(sequences: SequenceTable) -> np.ndarray:
-    """bool[R]: rows that never give way."""
-    return sequences.active & (sequences.num_preemptions >= MAX_PREEMPTIONS)
-
-
-def protected_blocks(sequences: SequenceTable, block_size: int) -> int:
-    """Blocks that the protected rows hold together when each has reached its longest."""
-    return int(blocks_for(sequences.max_total_len[is_protected(sequences)], block_size).sum())
+def blocks_at_longest(request: Request, block_size: int) -> int:
+    """Blocks without which the request cannot be served: one sequence's, or all beams', at their longest."""
+    longest = blocks_for(request.max_total_len, block_size)
+    if request.beam is None:
+        return longest
+    return longest + (request.num_sequences - 1) * (longest - len(request.prompt_token_ids) // block_size)
 
 
 def by_seniority(sequences: SequenceTable, rows: np.ndarray) -> np.ndarray:
     """The rows, protected ones first, then in order of arrival."""
-    return rows[np.lexsort((sequences.arrival[rows], ~is_protected(sequences)[rows]))]
+    return rows[np.lexsort((sequences.place[rows], ~sequences.is_protected[rows]))]
 
 
-def victims(sequences: SequenceTable, table: BlockTable, needy: np.ndarray, shortage: int) -> np.ndarray:
-    """The fewest youngest rows that must give way so that the rest has its blocks.
-
-    Rows that are about to end go last, protected ones never.
+class Victims:
+    """One plan's choice of who gives way.
 
     Args:
-        needy: decode rows that need a block each; one that gives way needs none.
-        shortage: how many more they need than are free, at least 1.
-    """
-    candidates = np.flatnonzero(sequences.active & ~is_protected(sequences))
-    order = np.lexsort((-sequences.arrival[candidates], sequences.is_ending()[candidates]))
-    candidates = candidates[order]
-    assert (table.num_blocks[candidates] >= 1).all(), "a row without blocks has nothing to give"
-    relief = np.cumsum(table.num_blocks[candidates] + np.isin(candidates, needy))
-    count = int(np.searchsorted(relief, shortage)) + 1
-    assert count <= len(candidates), f"{shortage} blocks short and nobody left to give way"
-    return candidates[:count]
-
-
-class Admission:
-    """One plan's decisions about the queue's head.
-
-    A sequence enters when the free blocks hold its known tokens, what the running prefills still need for theirs,
-    and one more block for it and for each running sequence. Without those for the running ones it would soon have
-    to give way: on the workload of `benchmarks/scheduler.py`, with a pool of 40 % of the demand, 30 % more tokens
-    are then computed than needed; with them 3 %, at 2 % more steps. When nothing runs the head always enters. A
-    protected one enters only where it can stay.
-
-    Args:
-        num_free: free blocks when the step's decode rows have theirs.
+        needy: rows that need a block each for this step; one that gives way needs none.
     """
 
-    def __init__(self, limits: SchedulerLimits, sequences: SequenceTable, table: BlockTable, num_free: int):
-        self._limits = limits
-        prefilling = sequences.prefill_rows()
-        owed = blocks_for(sequences.num_known[prefilling], limits.block_size) - table.num_blocks[prefilling]
-        self._spare = num_free - int(owed.sum())
-        self._num_running = sequences.num_active
-        self._protected = protected_blocks(sequences, limits.block_size)
+    def __init__(self, sequences: SequenceTable, memory: KVMemory, costs: MemoryCosts, needy: np.ndarray):
+        self._sequences, self._memory, self._costs = sequences, memory, costs
+        self._needy = set(needy.tolist())
+        self._ref_count = memory.pool.ref_count.copy()
+        self._num_slots = memory.host.num_free
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Whether the sequence enters; if it does, it counts in the next decisions."""
-        size = self._limits.block_size
-        needed = blocks_for(len(sequence.known_token_ids), size)
-        headroom = 1 + self._num_running if self._num_running else 0
-        if needed + headroom > self._spare:
-            return False
-        if sequence.num_preemptions >= MAX_PREEMPTIONS:
-            protected = self._protected + blocks_for(sequence.request.max_total_len, size)
-            if protected > self._limits.num_blocks - 1:
-                return False
-            self._protected = protected
-        self._spare -= needed
-        self._num_running += 1
-        return True
+    def choose(self, shortage: int) -> tuple[list[Victim], int]:
+        """Victims until `shortage` blocks more are free or not needed; and the blocks that they free."""
+        sequences = self._sequences
+        rows = np.flatnonzero(sequences.active & ~sequences.is_protected)
+        ending = sequences.is_ending()[rows]
+        youngest = np.argsort(-sequences.place[rows])
+        candidates = [*rows[youngest][~ending[youngest]].tolist(), *rows[youngest][ending[youngest]].tolist()]
+        num_staying = int(np.count_nonzero(~ending))
+        chosen: list[Victim] = []
+        num_freed = 0
+        while shortage > 0:
+            assert candidates, f"{shortage} blocks short and nobody left to give way"
+            # Rows that are about to end give their blocks back by themselves: they come last, one by one.
+            window = candidates[: min(VICTIM_WINDOW, num_staying) or 1]
+            victim, freed, _ = min(map(self._price, window), key=lambda priced: priced[2])
+            place = candidates.index(victim.row)
+            del candidates[place]
+            num_staying -= place < num_staying
+            shortage -= freed + (victim.row in self._needy)
+            num_freed += freed
+            self._take(victim)
+            chosen.append(victim)
+        return chosen, num_freed
+
+    def _price(self, row: int) -> tuple[Victim, int, float]:
+        """How the row would give way, the blocks that it would free, and seconds a block."""
+        memory, costs = self._memory, self._costs
+        ids = memory.table.row(row)
+        counts = self._ref_count[ids]
+        num_stored = int(min(self._sequences.num_computed[row], self._sequences.num_known[row]))
+        num_lost = num_stored - memory.block_size * int(np.count_nonzero((counts > 1) & memory.pool.is_kept[ids]))
+        num_copied = memory.num_to_copy(ids, num_stored // memory.block_size)
+        swap_s = costs.swap_fixed_s + costs.swap_block_s * num_copied
+        recompute_s = costs.prefill_token_s * num_lost
+        wants_swap = swap_s < recompute_s and memory.host.num_slots > 0
+        swaps = wants_swap and num_copied <= self._num_slots
+        freed = int(np.count_nonzero(counts == 1))
+        cost_s = swap_s if swaps else recompute_s
+        price = cost_s / (freed + (row in self._needy)) if freed or row in self._needy else np.inf
+        return Victim(row, swaps, wants_swap and not swaps), freed, price
+
+    def _take(self, victim: Victim) -> None:
+        """Counts the victim's blocks as given back, and its slots as taken."""
+        ids = self._memory.table.row(victim.row)
+        self._ref_count[ids] -= 1
+        if victim.swaps:
+            self._num_slots -= len(ids)  # at most

@@ -17,15 +17,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jaxserve.cache.block_table import BlockTable
-from jaxserve.cache.blocks import BlockPool, blocks_for
+from jaxserve.cache.kv_memory import KVMemory
+from jaxserve.cache.prefix import namespace
 from jaxserve.errors import KVBudgetError, QueueFullError
-from jaxserve.scheduler import finish, planner, policy
-from jaxserve.scheduler.finish import StepEvents
+from jaxserve.scheduler import committing, finish, integrity, planner, policy
+from jaxserve.scheduler.counters import Counters
+from jaxserve.scheduler.decision import Decision
+from jaxserve.scheduler.finish import BeamAnswer, Finished, StepEvents
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
-from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable, WaitingQueue
-from jaxserve.types import MAX_STOP_TOKEN_IDS
+from jaxserve.scheduler.searches import EndedSearch, Searches
+from jaxserve.scheduler.sequences import NO_BOUND, Request, Sequence, SequenceTable, WaitingQueue
+from jaxserve.types import MAX_N, MAX_STOP_TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class _InFlight:
     rows: np.ndarray
     positions: np.ndarray
     generations: np.ndarray
-    requests: np.ndarray
+    sequences: np.ndarray
 
 
 class Scheduler:
@@ -44,19 +47,26 @@ class Scheduler:
 
     Attributes:
         limits: the bounds it works in.
-        sequences, block_table, pool, waiting: the tables; others may read them.
-        num_preemptions: since start.
+        sequences, memory, waiting: the tables; others may read them.
+        counters: since start.
     """
 
     def __init__(self, limits: SchedulerLimits):
         self.limits = limits
         self.sequences = SequenceTable(limits.max_num_seqs, limits.max_model_len)
-        self.block_table = BlockTable(limits.max_num_seqs, limits.max_blocks_per_row)
-        self.pool = BlockPool(limits.num_blocks)
+        self.memory = KVMemory(
+            limits.num_blocks,
+            limits.block_size,
+            limits.max_num_seqs,
+            limits.max_blocks_per_row,
+            limits.num_swap_blocks,
+            limits.enable_prefix_caching,
+        )
         self.waiting = WaitingQueue()
-        self.num_preemptions = 0
-        self._view = planner.SchedulerView(limits, self.sequences, self.block_table, self.pool, self.waiting)
-        self._sequence_of_id: dict[str, Sequence] = {}
+        self.counters = Counters()
+        self._view = planner.SchedulerView(limits, self.sequences, self.memory, self.waiting)
+        self._requests: dict[str, Request] = {}
+        self._searches = Searches(self.sequences, self.memory, limits.eos_token_ids)
         self._in_flight: deque[_InFlight] = deque()
         self._num_arrivals = 0
         self._num_steps = 0
@@ -76,12 +86,17 @@ class Scheduler:
 
     @property
     def num_free_blocks(self) -> int:
-        return self.pool.num_free
+        """Blocks that can be handed out, those that only the prefix cache holds included."""
+        return self.memory.pool.num_free
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.counters.swap_preemptions + self.counters.recompute_preemptions
 
     @property
     def has_work(self) -> bool:
         """Whether a request runs or waits, or an answer is due."""
-        return bool(self._sequence_of_id or self._in_flight)
+        return bool(self._requests or self._in_flight)
 
     def add(self, request: Request) -> None:
         """Puts a request at the end of the queue and gives it its place in line.
@@ -89,7 +104,7 @@ class Scheduler:
         Raises:
             ValueError: the request's id is in use.
             KVBudgetError: the whole pool could not hold it.
-            QueueFullError: too many requests wait.
+            QueueFullError: too many wait.
         """
         num_prompt, limits = len(request.prompt_token_ids), self.limits
         assert 1 <= num_prompt < request.max_total_len <= limits.max_model_len, (
@@ -97,93 +112,111 @@ class Scheduler:
         )
         assert len(request.stop_token_ids) <= MAX_STOP_TOKEN_IDS
         assert min(request.stop_token_ids, default=0) >= 0
-        if request.request_id in self._sequence_of_id:
+        assert 1 <= request.num_sequences <= MAX_N
+        assert request.beam is None or request.num_sequences == request.beam.beam_width <= limits.max_num_seqs
+        if request.request_id in self._requests:
             raise ValueError(f"Request id {request.request_id!r} is in use. Wait for its end or choose another.")
-        needed = blocks_for(request.max_total_len, limits.block_size)
-        if needed > self.pool.num_usable:
-            raise KVBudgetError(
-                f"The request needs {needed} KV blocks of {limits.block_size} tokens for its {num_prompt} prompt "
-                f"tokens and {request.max_total_len - num_prompt} output tokens, but the KV cache has only "
-                f"{self.pool.num_usable}. Shorten the prompt, lower max_tokens, or enlarge the KV cache.",
-                param="max_tokens",
-            )
+        self._check_budget(request)
         # Whoever finds a free row at the next step does not queue: a burst into an idle engine is no overload.
         num_free_rows = limits.max_num_seqs - self.num_running
         if self.num_waiting >= limits.max_num_queued_reqs + num_free_rows:
             raise QueueFullError(
-                f"The queue is full: {self.num_waiting} requests wait, the bound is {limits.max_num_queued_reqs}. "
+                f"The queue is full: {self.num_waiting} sequences wait, the bound is {limits.max_num_queued_reqs}. "
                 "Retry later or raise max_num_queued_reqs."
             )
         request.arrival = self._num_arrivals
+        request.namespace = namespace(limits.model_version, request.cache_salt)
         self._num_arrivals += 1
-        sequence = Sequence(request, np.array(request.prompt_token_ids, np.int32))
-        self._sequence_of_id[request.request_id] = sequence
-        self.waiting.push(sequence)
+        self._requests[request.request_id] = request
+        for index in range(request.num_sequences):
+            sequence = Sequence(request, index, np.array(request.prompt_token_ids, np.int32))
+            request.sequences.append(sequence)
+            self.waiting.push(sequence)
+
+    def _check_budget(self, request: Request) -> None:
+        num_prompt, limits = len(request.prompt_token_ids), self.limits
+        needed = policy.blocks_at_longest(request, limits.block_size)
+        if needed <= self.memory.pool.num_usable:
+            return
+        beams = f" on {request.num_sequences} beams" if request.beam else ""
+        raise KVBudgetError(
+            f"The request needs {needed} KV blocks of {limits.block_size} tokens for its {num_prompt} prompt "
+            f"tokens and {request.max_total_len - num_prompt} output tokens{beams}, but the KV cache has only "
+            f"{self.memory.pool.num_usable}. Shorten the prompt, lower max_tokens, or enlarge the KV cache.",
+            param="max_tokens",
+        )
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request in whatever state, and frees what it holds; answers in flight for it are dropped.
 
         Returns: the request, or None if no such request is here.
         """
-        sequence = self._sequence_of_id.pop(request_id, None)
-        if sequence is None:
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._end(list(request.sequences))
+        return request
+
+    def abort_sequence(self, request_id: str, index: int) -> tuple[Sequence, bool] | None:
+        """Ends one of a request's continuations.
+
+        Returns: the sequence, and whether it was the last of the request; None if no such sequence is here.
+        """
+        request = self._requests.get(request_id)
+        found = [] if request is None else [s for s in request.sequences if s.index == index]
+        if not found:
             return None
-        if sequence.row >= 0:
-            self._release(np.array([sequence.row]))
-        else:
-            self.waiting.remove(sequence)
-        return sequence.request
+        assert request is not None
+        assert request.beam is None, "a beam is no continuation of its own"
+        self._end(found)
+        return found[0], not request.sequences
 
-    def plan(self) -> StepPlan:
-        """The next step's plan; changes nothing. Empty when all running sequences await their last answer."""
-        return planner.plan_step(self._view, self._num_steps)
+    def plan(self) -> Decision:
+        """What the next step should do; changes nothing. Empty when all running sequences await their last answer."""
+        return planner.decide_step(self._view, self._num_steps)
 
-    def commit(self, plan: StepPlan) -> None:
-        """Carries out the plan, which must be the last one made, with no add's or abort's effect in between.
+    def commit(self, decision: Decision) -> StepPlan:
+        """Carries out the decision, which must be the last one made, with no add's or abort's effect in between.
 
         Cost: a few numpy operations on the step's rows; Python only for sequences that enter or give way.
         """
-        assert plan.step == self._num_steps, f"plan {plan.step} is stale: step {self._num_steps} is next"
-        if plan.preempted:
-            self._preempt(plan.preempted)
-        if plan.admitted:
-            for row, sequence in zip(plan.admitted, self.waiting.pop(len(plan.admitted)), strict=True):
-                self.sequences.admit(row, sequence)
-        if len(plan.block_ids):
-            ids = self.pool.allocate(len(plan.block_ids))
-            assert (ids == plan.block_ids).all(), f"plan {plan.step} is stale: its blocks are taken"
-            self.block_table.append(plan.block_rows, plan.block_cols, ids)
-        self._in_flight.append(self._advance(plan))
+        assert decision.step == self._num_steps, f"decision {decision.step} is stale: step {self._num_steps} is next"
+        moved_on = self.sequences.generation[decision.rows] != decision.generations
+        assert not np.count_nonzero(moved_on), f"rows {decision.rows[moved_on]} have moved on"
+        for victim in decision.victims:
+            self._publish(victim.row)
+        plan = committing.commit(decision, self.sequences, self.memory, self.waiting)
+        for victim, gone in zip(decision.victims, plan.preempted, strict=True):
+            self.counters.swap_preemptions += gone.swapped
+            self.counters.recompute_preemptions += not gone.swapped
+            self.counters.host_full += victim.host_full
+        self.counters.copied_blocks += len(plan.copy_from)
+        for entry in decision.entries:
+            self._count_hits(entry.sequence, entry.num_stored)
+        for group in plan.beam_groups:
+            self._searches.start(group)
+        self._in_flight.append(self._advance(decision.decode_rows, plan))
         self._num_steps += 1
+        return plan
 
-    def _preempt(self, request_ids: tuple[str, ...]) -> None:
-        gave_way = [self._sequence_of_id[request_id] for request_id in request_ids]
-        for sequence in gave_way:
-            sequence.num_preemptions += 1
-        self._send_back(gave_way)
-        self.num_preemptions += len(gave_way)
+    def _count_hits(self, sequence: Sequence, num_stored: int) -> None:
+        """Notes what the cache spared a sequence that enters for the first time."""
+        if sequence.num_cached_tokens >= 0:
+            return
+        num_prompt = len(sequence.request.prompt_token_ids)
+        sequence.num_cached_tokens = 0
+        if sequence.index == 0 and sequence.request.reads_cache and self.memory.caches:
+            # Of a prompt that is cached as a whole, the last token is still computed, for its logits.
+            sequence.num_cached_tokens = min(num_stored, num_prompt - 1)
+            self.counters.prefix_queries += num_prompt
+            self.counters.prefix_hits += sequence.num_cached_tokens
 
-    def requeue_running(self) -> None:
-        """Sends every running sequence back and forgets what is in flight: the device lost its cache.
+    def _advance(self, rows: np.ndarray, plan: StepPlan) -> _InFlight:
+        """Moves the rows' counts past the plan's tokens; returns what its answer will be matched with.
 
-        No preemption: nobody took their blocks, and they keep their right to stay.
+        Args:
+            rows: intp[D] the plan's decode rows.
         """
-        self._in_flight.clear()
-        self._send_back(list(self.sequences.sequences[self.sequences.active]))
-
-    def _send_back(self, sequences: list[Sequence]) -> None:
-        """Returns sequences to their places in the queue with the tokens that the host knows."""
-        rows = np.array([sequence.row for sequence in sequences], np.intp)
-        for sequence in sequences:
-            sequence.known_token_ids = self.sequences.known_token_ids(sequence.row)
-        self._release(rows)
-        for sequence in sequences:
-            self.waiting.push(sequence)
-
-    def _advance(self, plan: StepPlan) -> _InFlight:
-        """Moves the rows' counts past the plan's tokens; returns what its answer will be matched with."""
         sequences = self.sequences
-        rows = plan.decode_rows.astype(np.intp)  # numpy indexes twice as fast with intp as with int32
         positions = plan.decode_positions + 1
         generations = plan.generations
         sequences.num_computed[rows] = positions
@@ -196,62 +229,184 @@ class Scheduler:
             positions = np.concatenate([positions, ends[samples]])
             num_decodes = len(plan.decode_rows)
             generations = np.concatenate([generations[:num_decodes], generations[num_decodes:][samples]])
-        assert (sequences.generation[rows] == generations).all(), f"plan {plan.step} is stale: a row moved on"
         sequences.num_tokens[rows] = positions + 1
-        return _InFlight(plan, rows, positions, generations, sequences.requests[rows])
+        return _InFlight(plan, rows, positions, generations, sequences.sequences[rows])
 
-    def digest(self, plan: StepPlan, tokens: np.ndarray, failed: np.ndarray | None = None) -> StepEvents:
+    def digest(
+        self, plan: StepPlan, tokens: np.ndarray, failed: np.ndarray | None = None, beams: BeamAnswer | None = None
+    ) -> StepEvents:
         """Takes the device's answer to the oldest undigested plan; frees the sequences that end with it.
 
         Args:
             tokens: int32[S] in the order of `plan.sampled_rows`.
-            failed: bool[S] rows whose answer is worthless (NaN); they end with "error".
+            failed: bool[S] rows whose answer is worthless (NaN); their requests end with "error".
+            beams: what it says of beams, if the plan has any.
 
         Cost: a few numpy operations on the step's rows; Python only for sequences that end.
         """
-        assert self._in_flight, f"plan {plan.step} was not committed"
-        flight = self._in_flight.popleft()
-        assert flight.plan.step == plan.step, f"plan {plan.step} digested before plan {flight.plan.step}"
+        flight = self._take_flight(plan, tokens)
+        live = self.sequences.generation[flight.rows] == flight.generations
         rows, positions, alive_tokens, alive_failed = flight.rows, flight.positions, tokens, failed
-        assert len(tokens) == len(rows), f"{len(tokens)} tokens for {len(rows)} rows"
-        live = self.sequences.generation[rows] == flight.generations
-        all_live = live.all()
+        all_live = np.count_nonzero(live) == len(live)
         if not all_live:
             rows, positions, alive_tokens = rows[live], positions[live], tokens[live]
             alive_failed = None if failed is None else failed[live]
         self.sequences.append_known(rows, positions, alive_tokens)
+        if len(plan.prefill_rows):
+            self._answer_chunks(plan, rows if alive_failed is None else rows[~alive_failed])
         codes = finish.finish_codes(self.sequences, rows, positions + 1, alive_tokens, alive_failed)
-        ended = rows[codes.nonzero()[0]]  # all codes but CONTINUES
         if not all_live:
-            alive_codes, codes = codes, np.zeros(len(live), np.int8)
+            codes, alive_codes = np.zeros(len(live), np.int8), codes
             codes[live] = alive_codes
-        finished = finish.finished(codes, flight.requests, tokens, self.limits.eos_token_ids) if len(ended) else ()
-        for item in finished:
-            del self._sequence_of_id[item.request.request_id]
-        if len(ended):
-            self._release(ended)
-        return StepEvents(plan.step, flight.rows, flight.positions, tokens, live, codes, flight.requests, finished)
+        ended_searches: list[EndedSearch] = []
+        is_beam = live & self.sequences.is_beam[flight.rows]
+        if np.count_nonzero(is_beam):
+            codes[is_beam & (codes != finish.ERROR)] = finish.CONTINUES  # its search says when it ends
+            ended_searches = self._advance_searches(flight, is_beam, codes, tokens, beams)
+            live &= ~is_beam
+        finished = self._finish(flight, codes, tokens) if np.count_nonzero(codes) else ()
+        return StepEvents(
+            step=plan.step,
+            rows=flight.rows,
+            positions=flight.positions,
+            tokens=tokens,
+            live=live,
+            finish_codes=codes,
+            sequences=flight.sequences,
+            finished=finished,
+            beams=tuple(ended_searches),
+        )
 
-    def _release(self, rows: np.ndarray) -> None:
-        """Takes rows and blocks from their sequences."""
-        self.pool.free(self.block_table.blocks_of(rows))
-        self.block_table.clear(rows)
-        self.sequences.release(rows)
+    def _take_flight(self, plan: StepPlan, tokens: np.ndarray) -> _InFlight:
+        assert self._in_flight, f"plan {plan.step} was not committed"
+        flight = self._in_flight.popleft()
+        assert flight.plan.step == plan.step, f"plan {plan.step} digested before plan {flight.plan.step}"
+        assert len(tokens) == len(flight.rows), f"{len(tokens)} tokens for {len(flight.rows)} rows"
+        return flight
+
+    def _advance_searches(
+        self, flight: _InFlight, is_beam: np.ndarray, codes: np.ndarray, tokens: np.ndarray, beams: BeamAnswer | None
+    ) -> list[EndedSearch]:
+        """Lets the searches follow the step, those excepted of which a beam failed; ends those that are over."""
+        assert beams is not None, f"plan {flight.plan.step} has beams, its answer has none"
+        failing = {flight.sequences[index].request.request_id for index in codes.nonzero()[0].tolist()}
+        healthy = [
+            int(flight.rows[index])
+            for index in is_beam.nonzero()[0].tolist()
+            if flight.sequences[index].request.request_id not in failing
+        ]
+        ended = self._searches.advance(flight.rows, flight.positions, tokens, np.array(healthy, np.intp), beams)
+        for request, _ in ended:
+            self._end(list(request.sequences))
+        return ended
+
+    def _answer_chunks(self, plan: StepPlan, healthy: np.ndarray) -> None:
+        """Enters the prompt blocks that the plan's chunks filled into the prefix cache.
+
+        Args:
+            healthy: live rows that sampled, and whose answer is finite.
+        """
+        sequences = self.sequences
+        generations = plan.generations[len(plan.decode_rows) :]
+        ends = (plan.prefill_starts + plan.prefill_lens).tolist()
+        chunks = zip(plan.prefill_rows.tolist(), ends, plan.prefill_samples.tolist(), generations.tolist(), strict=True)
+        well = set(healthy.tolist())
+        for row, end, samples, generation in chunks:
+            if sequences.generation[row] != generation or (samples and row not in well):
+                continue
+            sequence: Sequence = sequences.sequences[row]
+            request = sequence.request
+            is_last = samples or (request.beam is not None and end == len(request.prompt_token_ids))
+            sequences.num_answered[row] = NO_BOUND if is_last else end
+            self._publish(row, end)
+
+    def _publish(self, row: int, num_written: int | None = None) -> None:
+        """Enters the row's full blocks into the cache, as far as they have been written and answered for."""
+        sequences = self.sequences
+        sequence: Sequence = sequences.sequences[row]
+        if not sequence.caches:
+            return
+        if num_written is None:
+            if sequences.is_beam[row]:
+                return  # of beams the host's tokens are not those of the blocks; their prompt is entered already
+            num_written = sequences.num_committed(row)
+        num_full = num_written // self.limits.block_size
+        known, name = int(sequences.num_published[row]), sequence.request.namespace
+        # Of a search that has begun, the device hands the first beam's blocks on to the others: to replace one here
+        # would give away a block that some beams' tables on the device still name.
+        has_begun = bool(sequences.is_beam[row] and sequences.on_device[row])
+        sequences.num_published[row] = self.memory.publish(
+            row, sequences.token_ids[row], known, num_full, name, keeps_own=False and has_begun
+        )
+
+    def _finish(self, flight: _InFlight, codes: np.ndarray, tokens: np.ndarray) -> tuple[Finished, ...]:
+        """Ends the sequences with a code, and with an error all of its request."""
+        finished = []
+        for index in codes.nonzero()[0].tolist():
+            sequence: Sequence = flight.sequences[index]
+            request = sequence.request
+            if sequence.row < 0:
+                continue  # it fell with a sibling
+            code, token = int(codes[index]), int(tokens[index])
+            reason = finish.FINISH_REASONS[code]
+            assert reason is not None
+            if code == finish.ERROR:
+                self._end(list(request.sequences), is_worthless=True)
+            else:
+                self._end([sequence])
+            stop_reason = token if code == finish.STOP and token not in self.limits.eos_token_ids else None
+            finished.append(Finished(index, sequence, reason, stop_reason, not request.sequences))
+        return tuple(finished)
+
+    def _end(self, sequences: list[Sequence], *, is_worthless: bool = False) -> None:
+        """Takes everything from sequences of one request; what they computed stays in the cache if it is worth it."""
+        request = sequences[0].request
+        rows = [sequence.row for sequence in sequences if sequence.row >= 0]
+        for sequence in sequences:
+            request.sequences.remove(sequence)
+            if sequence.row < 0:
+                self.waiting.remove(sequence)
+            if sequence.swapped is not None:
+                self.memory.host.release(sequence.swapped)
+                sequence.swapped = None
+        for row in () if is_worthless else rows:
+            self._publish(row)
+        if is_worthless:
+            self.memory.forget(self.memory.table.blocks_of(np.array(rows, np.intp)))
+        if rows:
+            self.memory.release(np.array(rows, np.intp))
+            self.sequences.release(np.array(rows, np.intp))
+        if not request.sequences:
+            del self._requests[request.request_id]
+            self._searches.end(request.request_id)
+
+    def reset_prefix_cache(self) -> int:
+        """Forgets every cached block; returns how many there were. What runs goes on, and is not cached any more."""
+        for request in self._requests.values():
+            for sequence in request.sequences:
+                sequence.caches = False
+        return self.memory.reset_cache()
+
+    def requeue_running(self, lost_slots: np.ndarray | None = None) -> None:
+        """Sends every running sequence back and forgets what is in flight: the device lost its cache.
+
+        No preemption: nobody took their blocks, and they keep their right to stay. Beam searches begin anew.
+
+        Args:
+            lost_slots: int32[n] slots of host memory whose content did not arrive; who relies on one computes again.
+        """
+        self._in_flight.clear()
+        self._searches.clear()
+        rows = np.flatnonzero(self.sequences.active)
+        committing.send_back(self.sequences, self.memory, self.waiting, rows)
+        self.memory.lose_device()
+        lost = set() if lost_slots is None else set(lost_slots.tolist())
+        for sequence in self.waiting if lost else ():
+            if sequence.swapped is not None and not lost.isdisjoint(sequence.swapped.tolist()):
+                self.memory.host.release(sequence.swapped)
+                sequence.swapped, sequence.num_swapped = None, 0
 
     def check_integrity(self) -> None:
         """Asserts the invariants of every table and those between them; counts are taken from scratch."""
-        limits, sequences = self.limits, self.sequences
-        sequences.check_integrity(self.num_in_flight)
-        self.waiting.check_integrity()
-        self.block_table.check_integrity(limits.num_blocks)
-        self.pool.check_integrity(self.block_table.holders(limits.num_blocks))
-        wanted = blocks_for(sequences.num_computed, limits.block_size)
-        assert np.array_equal(self.block_table.num_blocks, wanted), "rows do not hold the blocks of their tokens"
-        here = [*sequences.sequences[sequences.active], *self.waiting]
-        assert {s.request.request_id: s for s in here} == self._sequence_of_id
-        assert len(here) == len(self._sequence_of_id)
-        assert all(s.num_preemptions <= policy.MAX_PREEMPTIONS for s in here)
-        assert policy.protected_blocks(sequences, limits.block_size) <= self.pool.num_usable
-        in_line = sequences.active & ~policy.is_protected(sequences) & ~sequences.is_ending()
-        youngest = max(sequences.arrival[in_line].tolist(), default=-1)
-        assert all(s.request.arrival > youngest for s in self.waiting), "somebody was overtaken"
+        requests = self._requests.values()
+        integrity.check_integrity(self.sequences, self.memory, self.waiting, requests, self.num_in_flight)

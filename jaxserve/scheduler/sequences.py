@@ -13,9 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.types import MAX_STOP_TOKEN_IDS
+from jaxserve.types import MAX_N, MAX_STOP_TOKEN_IDS, BeamSearchParams
 
 NO_TOKEN = -1  # pads stop_ids; no device samples it
+NO_BOUND = np.iinfo(np.int32).max
+PLACE_BITS = 7
+assert MAX_N <= 1 << PLACE_BITS
 
 
 @dataclass(slots=True, eq=False)
@@ -25,11 +28,17 @@ class Request:
     Attributes:
         request_id: unique among the requests in the scheduler.
         prompt_token_ids: int32[n], n >= 1.
-        max_total_len: prompt + max_tokens, at most the model's length; the sequence ends there.
-        stop_token_ids: ids that end it, end-of-sequence ids included unless ignore_eos; at most 64.
+        max_total_len: prompt + max_tokens, at most the model's length; each sequence ends there.
+        stop_token_ids: ids that end a sequence, end-of-sequence ids included unless ignore_eos; at most 64.
         min_tokens: output tokens before which no stop id ends it.
+        num_sequences: continuations of the prompt, at most 128; for a beam search, its width.
+        beam: how to search, or None to sample each sequence for itself.
+        cache_salt: the prefix cache shows the request only blocks of the same salt.
+        reads_cache: false where every prompt token must be computed (prompt logprobs). Its blocks are cached.
         payload: the caller's own; carried, never read.
         arrival: the place in line, given by `Scheduler.add` and kept for life.
+        namespace: model version and salt, by which the prefix cache tells requests apart; the scheduler's.
+        sequences: those that have not ended, in order of index; the scheduler's.
     """
 
     request_id: str
@@ -38,7 +47,13 @@ class Request:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     payload: Any = None
+    num_sequences: int = 1
+    beam: BeamSearchParams | None = None
+    cache_salt: bytes = b""
+    reads_cache: bool = True
     arrival: int = field(default=-1, init=False)
+    namespace: bytes = field(default=b"", init=False)
+    sequences: list[Sequence] = field(default_factory=list, init=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -47,15 +62,35 @@ class Sequence:
 
     Attributes:
         request: whose it is.
+        index: which of the request's.
         known_token_ids: int32[n] prompt and outputs, while it waits; a running row has them in the table.
         row: its row, -1 while it waits.
         num_preemptions: how often it lost its row.
+        swapped: int32[m] slots of host memory that hold the KV of its blocks, while it waits; or None.
+        num_swapped: tokens whose KV is there.
+        caches: its blocks may be entered into the prefix cache; false once the cache was reset under it.
+        num_cached_tokens: prompt tokens that it did not have to compute when it first got a row; -1 before.
     """
 
     request: Request
+    index: int
     known_token_ids: np.ndarray
     row: int = -1
     num_preemptions: int = 0
+    swapped: np.ndarray | None = None
+    num_swapped: int = 0
+    caches: bool = True
+    num_cached_tokens: int = -1
+
+    @property
+    def place(self) -> int:
+        """Its place in line: by arrival, then by index."""
+        return self.request.arrival << PLACE_BITS | self.index
+
+    @property
+    def has_output(self) -> bool:
+        """Whether a token of its own is known, while it waits."""
+        return len(self.known_token_ids) > len(self.request.prompt_token_ids)
 
 
 class SequenceTable:
@@ -67,38 +102,48 @@ class SequenceTable:
     Attributes:
         active: bool[R] the row has a sequence.
         on_device: bool[R] it has sampled since admission.
+        shares_tail: bool[R] the block that its next token goes to may be another's too.
+        is_beam: bool[R] it is, or will be, one of the beams of a search.
+        is_protected: bool[R] it never gives way.
         num_tokens: int32[R] tokens, those in flight included.
         num_known: int32[R] tokens whose ids the host has.
-        num_computed: int32[R] tokens whose KV has been dispatched.
-        num_prompt, max_total_len, num_preemptions: int32[R] of its request.
+        num_computed: int32[R] tokens whose KV has been dispatched, or was there when the row was given.
+        num_answered: int32[R] tokens whose chunks have been answered; NO_BOUND when the last chunk has.
+        num_published: int32[R] its first blocks that are in the prefix cache.
+        num_reserved: int32[R] of protected rows, blocks that it (of a beam search: the search) may come to hold.
+        num_prompt, max_total_len: int32[R] of its request.
         min_stop_len: int32[R] tokens, the prompt included, before which no stop id ends it.
-        arrival: int64[R] place in line.
+        place: int64[R] place in line.
         generation: int32[R] raised whenever the row is taken away: answers for an older one are nobody's.
         token_ids: int32[R, max_model_len]; valid before num_known. Pages are touched when first written.
         stop_ids: int32[64, R] one column a row, padded with -1; `stop_width` of its lines are in use.
-        requests: object[R] the row's Request, None where inactive.
         sequences: object[R] the row's Sequence, None where inactive.
     """
 
     def __init__(self, num_rows: int, max_model_len: int):
         self.active = np.zeros(num_rows, bool)
         self.on_device = np.zeros(num_rows, bool)
+        self.shares_tail = np.zeros(num_rows, bool)
+        self.is_beam = np.zeros(num_rows, bool)
+        self.is_protected = np.zeros(num_rows, bool)
         self.num_tokens = np.zeros(num_rows, np.int32)
         self.num_known = np.zeros(num_rows, np.int32)
         self.num_computed = np.zeros(num_rows, np.int32)
+        self.num_answered = np.zeros(num_rows, np.int32)
+        self.num_published = np.zeros(num_rows, np.int32)
+        self.num_reserved = np.zeros(num_rows, np.int32)
         self.num_prompt = np.zeros(num_rows, np.int32)
         self.max_total_len = np.zeros(num_rows, np.int32)
-        self.num_preemptions = np.zeros(num_rows, np.int32)
         self.min_stop_len = np.zeros(num_rows, np.int32)
-        self.arrival = np.zeros(num_rows, np.int64)
+        self.place = np.zeros(num_rows, np.int64)
         self.generation = np.zeros(num_rows, np.int32)
         # Rows lie an odd number of cache lines apart: a step's tokens go to similar columns of all rows, and with
         # a power of two between them the writes share a few cache sets (1,024 rows: 10 us a step more).
         self._stride = (max_model_len // 16 | 1) * 16 + 32
         self._flat_token_ids = np.zeros(num_rows * self._stride, np.int32)
+        self._offsets = np.arange(num_rows) * self._stride
         self.token_ids = self._flat_token_ids.reshape(num_rows, self._stride)[:, :max_model_len]
         self.stop_ids = np.full((MAX_STOP_TOKEN_IDS, num_rows), NO_TOKEN, np.int32)
-        self.requests = np.full(num_rows, None, object)
         self.sequences = np.full(num_rows, None, object)
         self._num_stop_ids = np.zeros(num_rows, np.int32)
         self.stop_width = 0
@@ -111,6 +156,10 @@ class SequenceTable:
     def num_active(self) -> int:
         return int(np.count_nonzero(self.active))
 
+    def free_rows(self) -> list[int]:
+        """Rows without a sequence, ascending."""
+        return np.flatnonzero(~self.active).tolist()
+
     def decode_rows(self) -> np.ndarray:
         """int64[D], ascending: rows that can feed the token they sampled last.
 
@@ -120,31 +169,44 @@ class SequenceTable:
 
     def prefill_rows(self) -> np.ndarray:
         """int64[N], ascending: rows with known tokens to feed."""
-        return (self.active > self.on_device).nonzero()[0]
+        waits = self.active > self.on_device
+        if not np.count_nonzero(waits):
+            return waits.nonzero()[0]
+        return (waits & (self.num_computed < self.num_known)).nonzero()[0]
 
     def is_ending(self) -> np.ndarray:
         """bool[R]: rows whose last allowed token is in flight; its answer ends them."""
         return self.active & (self.num_tokens == self.max_total_len)
 
-    def admit(self, row: int, sequence: Sequence) -> None:
-        """Gives a free row to a waiting sequence; all its known tokens are to be fed."""
+    def admit(self, row: int, sequence: Sequence, num_stored: int) -> None:
+        """Gives a free row to a waiting sequence.
+
+        Args:
+            num_stored: its first tokens whose KV is in the row's blocks.
+        """
         assert not self.active[row], f"row {row} is taken"
         request, known = sequence.request, sequence.known_token_ids
+        num_prompt = len(request.prompt_token_ids)
         sequence.row = row
         self.active[row] = True
+        self.is_beam[row] = request.beam is not None
         self.num_tokens[row] = self.num_known[row] = len(known)
-        self.num_prompt[row] = len(request.prompt_token_ids)
+        self.num_computed[row] = num_stored
+        self.num_prompt[row] = num_prompt
         self.max_total_len[row] = request.max_total_len
-        self.num_preemptions[row] = sequence.num_preemptions
-        self.min_stop_len[row] = len(request.prompt_token_ids) + request.min_tokens
-        self.arrival[row] = request.arrival
+        self.min_stop_len[row] = num_prompt + request.min_tokens
+        self.place[row] = sequence.place
         self.token_ids[row, : len(known)] = known
         num_stop = len(request.stop_token_ids)
         self.stop_ids[:num_stop, row] = request.stop_token_ids
         self._num_stop_ids[row] = num_stop
         self.stop_width = max(self.stop_width, num_stop)
-        self.requests[row] = request
         self.sequences[row] = sequence
+
+    def protect(self, row: int, num_reserved: int) -> None:
+        """The row never gives way from now on."""
+        self.is_protected[row] = True
+        self.num_reserved[row] = num_reserved
 
     def release(self, rows: np.ndarray) -> None:
         """Takes the rows away from their sequences and moves their generation on.
@@ -156,7 +218,6 @@ class SequenceTable:
         self.generation[rows] += 1
         for sequence in self.sequences[rows]:
             sequence.row = -1
-        self.requests[rows] = None
         self.sequences[rows] = None
         self.stop_ids[: self.stop_width, rows] = NO_TOKEN
         for column in self._zero_when_inactive():
@@ -164,13 +225,18 @@ class SequenceTable:
         self.stop_width = int(self._num_stop_ids.max())
 
     def _zero_when_inactive(self) -> tuple[np.ndarray, ...]:
-        counts = (self.num_tokens, self.num_known, self.num_computed, self.num_prompt, self.max_total_len)
-        rest = (self.num_preemptions, self.min_stop_len, self.arrival, self._num_stop_ids)
-        return (self.active, self.on_device, *counts, *rest)
+        flags = (self.active, self.on_device, self.shares_tail, self.is_beam, self.is_protected)
+        counts = (self.num_tokens, self.num_known, self.num_computed, self.num_answered, self.num_published)
+        rest = (self.num_reserved, self.num_prompt, self.max_total_len, self.min_stop_len, self.place)
+        return (*flags, *counts, *rest, self._num_stop_ids)
 
     def known_token_ids(self, row: int) -> np.ndarray:
         """int32[num_known]: a copy of the row's known tokens."""
         return self.token_ids[row, : self.num_known[row]].copy()
+
+    def num_committed(self, row: int) -> int:
+        """The row's first tokens whose KV was written by steps that have been answered."""
+        return min(int(self.num_answered[row]), int(self.num_known[row]) - 1)
 
     def append_known(self, rows: np.ndarray, positions: np.ndarray, tokens: np.ndarray) -> None:
         """Writes the ids of tokens that were in flight.
@@ -180,7 +246,7 @@ class SequenceTable:
             positions: [n] their num_known.
             tokens: int32[n].
         """
-        self._flat_token_ids[rows * self._stride + positions] = tokens
+        self._flat_token_ids[self._offsets[rows] + positions] = tokens
         self.num_known[rows] = positions + 1
 
     def check_integrity(self, num_in_flight: int) -> None:
@@ -196,18 +262,20 @@ class SequenceTable:
         assert ((ahead >= 0) & (ahead <= np.where(decoding, num_in_flight, 0))).all(), f"tokens ahead: {ahead}"
         assert (self.num_tokens <= self.max_total_len).all()
         assert (self.num_computed[decoding] == self.num_tokens[decoding] - 1).all()
-        assert (self.num_computed[prefilling] < self.num_known[prefilling]).all()
-        assert len(set(self.arrival[self.active].tolist())) == self.num_active
+        fed = prefilling & self.is_beam
+        assert (self.num_computed[prefilling] < self.num_known[prefilling] + fed[prefilling]).all()
+        assert (self.num_answered[prefilling] <= self.num_computed[prefilling]).all()
+        assert len(set(self.place[self.active].tolist())) == self.num_active
         for row in row_of(self.active).tolist():
             self._check_row(row)
 
     def _check_row(self, row: int) -> None:
         """Asserts that the row says what its request says."""
-        request, sequence = self.requests[row], self.sequences[row]
+        sequence = self.sequences[row]
+        request = sequence.request
         assert sequence.row == row
-        assert sequence.request is request
-        assert self.num_preemptions[row] == sequence.num_preemptions
-        assert self.arrival[row] == request.arrival
+        assert sequence.swapped is None
+        assert self.place[row] == sequence.place
         assert self.max_total_len[row] == request.max_total_len
         assert self.num_prompt[row] == len(request.prompt_token_ids)
         assert self.min_stop_len[row] == self.num_prompt[row] + request.min_tokens
@@ -242,10 +310,10 @@ class WaitingQueue:
         return first
 
     def _place(self, sequence: Sequence) -> int:
-        return bisect_left(self._sequences, sequence.request.arrival, key=lambda s: s.request.arrival)
+        return bisect_left(self._sequences, sequence.place, key=lambda s: s.place)
 
     def check_integrity(self) -> None:
         """Asserts the order of arrival, and that nobody here has a row."""
-        arrivals = [s.request.arrival for s in self._sequences]
-        assert all(a < b for a, b in pairwise(arrivals)), f"arrivals {arrivals} out of order"
+        places = [s.place for s in self._sequences]
+        assert all(a < b for a, b in pairwise(places)), f"places {places} out of order"
         assert all(s.row == -1 for s in self._sequences)

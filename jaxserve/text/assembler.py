@@ -1,19 +1,19 @@
-"""A request's tokens to its text: detokenised, cut at stop strings, and accounted for.
+"""A continuation's tokens to its text: detokenised, cut at stop strings, and accounted for.
 
 Owns what of a delta a client may see. Must not know HTTP or the engine: whoever reads the deltas aborts
-the request when a stop string has ended the text.
+the continuation when a stop string has ended its text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxserve.errors import ParameterError
 from jaxserve.text.detokenizer import Detokenizer
 from jaxserve.text.stop import StopChecker
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import Delta, FinishReason, SamplingParams, TokenLogprobs
+from jaxserve.types import BeamSearchParams, Delta, FinishReason, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +39,11 @@ class TextDelta:
 
 
 class TextAssembler:
-    """The text of one request.
+    """The text of one continuation.
 
     Args:
         params: `stop`, `min_tokens`, `include_stop_str_in_output`, `skip_special_tokens` and `detokenize`
-            are honoured here.
+            are honoured here; a beam search has neither of the first two.
         prompt_token_ids: decide whether the completion starts in the middle of a text.
 
     Raises:
@@ -52,8 +52,14 @@ class TextAssembler:
     Cost: about 2 µs a token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int] = ()):
-        if params.stop and not params.detokenize:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams | BeamSearchParams,
+        prompt_token_ids: Sequence[int] = (),
+    ):
+        stop, self._min_tokens = (params.stop, params.min_tokens) if isinstance(params, SamplingParams) else ((), 0)
+        if stop and not params.detokenize:
             raise ParameterError("'stop' needs the text: set detokenize to true, or use stop_token_ids.", param="stop")
         self._params = params
         self._detokenizer = Detokenizer(
@@ -61,10 +67,14 @@ class TextAssembler:
             skip_special_tokens=params.skip_special_tokens,
             prompt_token_ids=prompt_token_ids,
         )
-        self._stop = StopChecker(params.stop, include_stop=params.include_stop_str_in_output) if params.stop else None
+        self._stop = StopChecker(stop, include_stop=params.include_stop_str_in_output) if stop else None
         self._num_tokens = 0
         self._num_chars = 0
         self._finished = False
+
+    @property
+    def finished(self) -> bool:
+        return self._finished
 
     def push(self, delta: Delta) -> TextDelta:
         """The client's view of `delta`. After the end, nothing more."""
@@ -96,7 +106,7 @@ class TextAssembler:
         if self._stop is None:
             pieces.append(piece)
             return None
-        result = self._stop.push(piece, armed=self._num_tokens > self._params.min_tokens)
+        result = self._stop.push(piece, armed=self._num_tokens > self._min_tokens)
         pieces.append(result.text)
         return result.stop
 
@@ -110,3 +120,76 @@ class TextAssembler:
 
 def _whole(delta: Delta, text: str, starts: tuple[int, ...]) -> TextDelta:
     return TextDelta(text, delta.token_ids, delta.logprobs, starts, delta.finish_reason, delta.stop_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """What one continuation of a request gained.
+
+    Attributes:
+        index: which one.
+        cut: a stop string ended it, which the engine cannot see: it must be told.
+    """
+
+    index: int
+    gain: TextDelta
+    cut: bool = False
+
+
+class Continuations:
+    """The texts of all continuations of one request.
+
+    Args:
+        params: one `TextAssembler` for each of its `num_sequences`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams | BeamSearchParams,
+        prompt_token_ids: Sequence[int] = (),
+    ):
+        self._assemblers = [TextAssembler(tokenizer, params, prompt_token_ids) for _ in range(params.num_sequences)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all have ended."""
+        return all(assembler.finished for assembler in self._assemblers)
+
+    def push(self, delta: Delta) -> list[TextPart]:
+        """The client's view of `delta`: one part a token, none for a continuation that had ended.
+
+        "abort" and "error" end all continuations: then there is a part for each that was open.
+        """
+        parts = self._push_tokens(delta)
+        if delta.finish_reason in ("abort", "error"):
+            for index, assembler in enumerate(self._assemblers):
+                if not assembler.finished:
+                    parts.append(TextPart(index, assembler.push(Delta(finish_reason=delta.finish_reason))))
+        return parts
+
+    def _push_tokens(self, delta: Delta) -> list[TextPart]:
+        assembler, parts = self._assemblers[delta.index], []
+        for token in one_by_one(delta):
+            if assembler.finished:
+                break
+            gain = assembler.push(token)
+            parts.append(TextPart(delta.index, gain, cut=assembler.finished and delta.finish_reason is None))
+        return parts
+
+
+def one_by_one(delta: Delta) -> list[Delta]:
+    """`delta` as deltas of one token each; the last has its end."""
+    count = len(delta.token_ids)
+    if count <= 1:
+        return [delta]
+    return [
+        replace(
+            delta,
+            token_ids=(token_id,),
+            logprobs=None if delta.logprobs is None else (delta.logprobs[i],),
+            finish_reason=delta.finish_reason if i == count - 1 else None,
+            stop_reason=delta.stop_reason if i == count - 1 else None,
+        )
+        for i, token_id in enumerate(delta.token_ids)
+    ]

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from jaxserve.checks import check_length
 from jaxserve.errors import ParameterError
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, check_length
+from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
 
 
 def resolve_bad_words(tokenizer: Tokenizer, bad_words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -18,13 +18,13 @@ from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta, nodes
 
+from jaxserve.checks import check_length
 from jaxserve.errors import ConfigError, ParameterError
 from jaxserve.text.guard import Guard
 from jaxserve.text.messages import FIELD_NAMES, normalize_messages
 from jaxserve.text.template_environment import RaisedByTemplateError, make_environment
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tokenizer_files import read_json_object
-from jaxserve.types import check_length
 
 MAX_RENDERED_CHARS = 4 * 1024 * 1024
 MAX_TEMPLATE_CHARS = 1024 * 1024

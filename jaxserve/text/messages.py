@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxserve.checks import check_length
 from jaxserve.errors import ParameterError
-from jaxserve.types import check_length
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES = 4096  # templates may take a time that is quadratic in their number

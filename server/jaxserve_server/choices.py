@@ -1,4 +1,4 @@
-"""One choice between the engine and the wire: what it gained and has not shown yet.
+"""Choices between the engine and the wire: what each gained and has not shown yet, and which are answered.
 
 A whole answer is a stream of one chunk: both are written by the same code, so their shapes cannot differ.
 """
@@ -10,9 +10,11 @@ from typing import Any
 
 from msgspec import UNSET
 
+from jaxserve.results import likeliest
 from jaxserve.text.assembler import TextDelta
 from jaxserve.text.detokenizer import Detokenizer
-from jaxserve.types import TokenLogprobs
+from jaxserve.types import SamplingParams, TokenLogprobs
+from jaxserve_server.generation import Gain, Job
 from jaxserve_server.prompts import Prompt
 from jaxserve_server.responses import ChatLogprobs, CompletionChoice, CompletionLogprobs, Usage, usage
 from jaxserve_server.token_text import chat_logprobs, finite, prompt_maps, token_text, top_map
@@ -52,37 +54,53 @@ class ShownToken:
 
 
 @dataclass(slots=True)
+class PromptState:
+    """What all choices of one prompt have in common."""
+
+    prompt: Prompt
+    num_cached_tokens: int = 0
+    logprobs: tuple[TokenLogprobs | None, ...] | None = None
+
+
+@dataclass(slots=True)
 class Choice:
     """The state of one choice. `add` what it gained, and `clear` what was shown.
 
     Attributes:
         num_tokens: completion tokens so far.
-        num_cached_tokens: of the prompt.
+        logprob_sum: of these tokens, where the engine gives logprobs.
+        begun: whether it gained anything yet.
         shown: chunks made so far.
         pieces, tokens, token_ids: not shown yet.
         base: where the completion begins in the choice's text: behind an echoed prompt.
     """
 
     index: int
-    prompt: Prompt
+    source: PromptState
     style: Style
     num_tokens: int = 0
-    num_cached_tokens: int = 0
+    logprob_sum: float = 0.0
+    begun: bool = False
     shown: int = 0
     base: int = 0
     pieces: list[str] = field(default_factory=list)
     tokens: list[ShownToken] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
+    @property
+    def prompt(self) -> Prompt:
+        return self.source.prompt
+
     def add(self, part: TextDelta) -> None:
+        self.begun = True
         self.num_tokens += len(part.token_ids)
         if part.text:
             self.pieces.append(part.text)
         self.token_ids += part.token_ids
         if part.logprobs is not None:
+            self.logprob_sum += sum(entry.logprob for entry in part.logprobs)
             starts = (self.base + start for start in part.text_starts)
             self.tokens += map(ShownToken, part.token_ids, part.logprobs, starts)
         self.finish_reason, self.stop_reason = part.finish_reason, part.stop_reason
@@ -112,14 +130,53 @@ class Choice:
         self.pieces, self.tokens, self.token_ids = [], [], []
 
     def usage(self) -> Usage:
-        return usage(len(self.prompt.token_ids), self.num_tokens, self.num_cached_tokens)
+        return usage(len(self.prompt.token_ids), self.num_tokens, self.source.num_cached_tokens)
 
 
-def total_usage(choices: list[Choice]) -> Usage:
+class Candidates:
+    """The continuations of one prompt, of which some or all are answered.
+
+    Attributes:
+        choices: one a continuation; all of them, be they answered or not.
+    """
+
+    def __init__(self, job: Job, style: Style) -> None:
+        self.source = PromptState(job.prompt)
+        self._job = job
+        first = job.index * job.num_choices
+        self.choices = [Choice(first + i, self.source, style) for i in range(job.params.num_sequences)]
+
+    def note(self, gain: Gain) -> None:
+        """Keeps what the gain says of the prompt."""
+        self.source.num_cached_tokens = max(self.source.num_cached_tokens, gain.num_cached_tokens)
+        if gain.prompt_logprobs is not None:
+            self.source.logprobs = gain.prompt_logprobs
+
+    def best(self) -> list[Choice]:
+        """The choices to answer, once all have ended: of more than were asked the likeliest, renumbered."""
+        job, found = self._job, self.choices
+        if len(found) == job.num_choices:
+            return found
+        if isinstance(job.params, SamplingParams):
+            order = likeliest([c.logprob_sum for c in found], [c.num_tokens for c in found], job.num_choices)
+        else:
+            order = range(job.num_choices)  # a beam search gives the best first
+        best = [found[i] for i in order]
+        for index, choice in enumerate(best, start=job.index * job.num_choices):
+            choice.index = index
+        return best
+
+    def num_completion_tokens(self) -> int:
+        """Of all continuations, those that are not answered included."""
+        return sum(choice.num_tokens for choice in self.choices)
+
+
+def total_usage(prompts: list[Candidates]) -> Usage:
+    """Each prompt counted once, however many continuations it has."""
     return usage(
-        sum(len(choice.prompt.token_ids) for choice in choices),
-        sum(choice.num_tokens for choice in choices),
-        sum(choice.num_cached_tokens for choice in choices),
+        sum(len(candidates.source.prompt.token_ids) for candidates in prompts),
+        sum(candidates.num_completion_tokens() for candidates in prompts),
+        sum(candidates.source.num_cached_tokens for candidates in prompts),
     )
 
 
@@ -162,9 +219,9 @@ def chat_choice_logprobs(choice: Choice, tokenizer: Any) -> ChatLogprobs | None:
 
 def choice_prompt_logprobs(choice: Choice, tokenizer: Any) -> Any:
     count = choice.style.num_prompt_logprobs
-    if count is None or choice.prompt_logprobs is None:
+    if count is None or choice.source.logprobs is None:
         return UNSET
-    return prompt_maps(tokenizer, choice.prompt_logprobs, count)
+    return prompt_maps(tokenizer, choice.source.logprobs, count)
 
 
 def echoed(prompt: Prompt, tokenizer: Any) -> tuple[str, list[int]]:

@@ -187,7 +187,7 @@ class ErrorKind(Enum):
     KV_BUDGET = ErrorRow(
         400,
         "kv_budget_exceeded",
-        "The request can never fit this server's KV cache. Make the prompt or max_tokens less.",
+        "The request can never fit this server's KV cache. Make the prompt or max_tokens less, or the beams fewer.",
     )
 
     # Not now.

@@ -15,8 +15,9 @@ NO_TOOLS = "tool calls and reasoning parsers are not implemented"
 NO_GRAMMAR = "structured output is not implemented"
 NO_MEDIA = "jaxserve serves text only"
 NO_SPEC = "speculative decoding is not implemented"
-NO_PREFIX = "prefix caching is not implemented"
-NO_OFFLOAD = "the KV cache and the weights stay on the device"
+NO_HASH = "the prefix cache compares tokens, not hashes"
+NO_OFFLOAD = "the weights and the cached KV stay on the device; see --swap-space for preempted requests"
+NO_MODE = "whether a preempted request is swapped or computed again is chosen by measured cost; see --swap-space"
 NO_QUANT = "quantised weights and caches are not implemented; see --dtype"
 NO_CODE = "code from a checkpoint or a command line is never run"
 NO_CUDA = "there are no CUDA graphs; step programs are compiled by XLA before the server is ready"
@@ -54,11 +55,12 @@ _REASONS: dict[str, tuple[str, ...]] = {
         *("io-processor-plugin", "video-pruning-rate"),
     ),
     NO_SPEC: ("speculative-config", "speculative-model", "num-speculative-tokens", "num-lookahead-slots"),
-    NO_PREFIX: ("enable-prefix-caching", "prefix-caching-hash-algo"),
+    NO_HASH: ("prefix-caching-hash-algo",),
     NO_OFFLOAD: (
-        *("swap-space", "cpu-offload-gb", "kv-offloading-size", "kv-offloading-backend", "kv-transfer-config"),
-        *("kv-events-config", "kv-sharing-fast-prefill", "enable-sleep-mode", "preemption-mode"),
+        *("cpu-offload-gb", "kv-offloading-size", "kv-offloading-backend", "kv-transfer-config"),
+        *("kv-events-config", "kv-sharing-fast-prefill", "enable-sleep-mode"),
     ),
+    NO_MODE: ("preemption-mode",),
     NO_QUANT: ("quantization", "q", "calculate-kv-scales", "quantization-param-path"),
     NO_CODE: (
         *("trust-remote-code", "code-revision", "logits-processors", "logits-processor-pattern", "middleware"),
@@ -108,7 +110,6 @@ ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
 # Flags that ask for what jaxserve does anyway.
 NO_EFFECT = (
     "--enable-chunked-prefill",
-    "--no-enable-prefix-caching",
     "--enable-request-id-headers",
     "--enable-prompt-tokens-details",
     "--enable-tokenizer-info-endpoint",

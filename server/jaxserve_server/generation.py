@@ -10,12 +10,12 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 from jaxserve.errors import EngineError
-from jaxserve.text.assembler import TextAssembler, TextDelta
-from jaxserve.types import Delta, SamplingParams, TokenLogprobs
+from jaxserve.text.assembler import Continuations, TextPart
+from jaxserve.types import BeamSearchParams, SamplingParams, TokenLogprobs
 from jaxserve_server.errors import from_exception
 from jaxserve_server.prompts import Prompt
 from jaxserve_server.serving import Serving
@@ -26,23 +26,31 @@ MERGE_BUFFER = 2  # deltas a prompt held for a slow reader; past it the engine j
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One prompt to run. `index` is its choice's."""
+    """One prompt to run.
+
+    Attributes:
+        index: the prompt's, among the request's.
+        num_choices: of its continuations, those that are answered; their choices are `index * num_choices` and on.
+    """
 
     index: int
     prompt: Prompt
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
+    num_choices: int = 1
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """What one job gained: one TextDelta a token, so that a chunk can be one token.
+    """What one job gained: one part a token, so that a chunk can be one token.
 
     Attributes:
+        job: its index.
         prompt_logprobs: one entry a prompt token, in the first gain only.
     """
 
-    index: int
-    parts: tuple[TextDelta, ...]
+    job: int
+    parts: tuple[TextPart, ...]
     num_cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
@@ -58,48 +66,26 @@ def run(serving: Serving, jobs: Sequence[Job]) -> AsyncGenerator[Gain, None]:
 
 
 async def run_job(serving: Serving, job: Job) -> AsyncGenerator[Gain, None]:
-    """Yields one job's gains until it ends by itself or at a stop string.
+    """Yields one job's gains until all its continuations have ended, by themselves or at a stop string.
 
     Raises:
-        ApiError: the engine refused it, or failed.
+        ApiError: the engine refused it, or one of its continuations failed.
     """
-    assembler = TextAssembler(serving.tokenizer, job.params, prompt_token_ids=job.prompt.token_ids)
+    texts = Continuations(serving.tokenizer, job.params, job.prompt.token_ids)
     request_id = f"gen-{uuid.uuid4().hex}"
-    deltas = serving.engine.generate(job.prompt.token_ids, job.params, request_id=request_id)
+    deltas = serving.engine.generate(job.prompt.token_ids, job.params, request_id=request_id, cache_salt=job.cache_salt)
     async with aclosing(deltas):
         async for delta in deltas:
-            if delta.finish_reason == "error":
+            if delta.finish_reason == "error" or delta.error is not None:
                 raise from_exception(delta.error or EngineError("The request failed."))
-            if delta.finish_reason == "abort" and delta.error is not None:
-                raise from_exception(delta.error)
-            parts = []
-            for token in one_by_one(delta):
-                parts.append(assembler.push(token))
-                if parts[-1].finish_reason is not None:
-                    break
+            parts = texts.push(delta)
+            for part in parts:
+                if part.cut:  # a stop string, which the engine cannot see
+                    serving.engine.abort(request_id, "stop", part.index)
             yield Gain(job.index, tuple(parts), delta.num_cached_tokens, delta.prompt_logprobs)
-            if parts[-1].finish_reason is not None:
-                if delta.finish_reason is None:  # a stop string, which the engine cannot see
-                    serving.engine.abort(request_id, "stop")
+            if texts.finished:
                 return
     raise EngineError("The engine's answer ended without a reason.")
-
-
-def one_by_one(delta: Delta) -> list[Delta]:
-    """`delta` as deltas of one token each; the last has its end."""
-    count = len(delta.token_ids)
-    if count <= 1:
-        return [delta]
-    return [
-        replace(
-            delta,
-            token_ids=(token_id,),
-            logprobs=None if delta.logprobs is None else (delta.logprobs[i],),
-            finish_reason=delta.finish_reason if i == count - 1 else None,
-            stop_reason=delta.stop_reason if i == count - 1 else None,
-        )
-        for i, token_id in enumerate(delta.token_ids)
-    ]
 
 
 async def merge(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:

@@ -20,13 +20,20 @@ from jaxserve.engine.async_engine import AsyncEngine
 from jaxserve.errors import CheckpointError, ConfigError, ParameterError
 from jaxserve.text.chat import load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
-from jaxserve.types import SamplingParams
+from jaxserve.types import MAX_BEAM_WIDTH, SamplingParams
 from jaxserve_checkpoints.hf_config import generation_defaults
 from jaxserve_checkpoints.load import LoadedModel, load_model
 from jaxserve_checkpoints.source import resolve
 from jaxserve_server.flags import Options
-from jaxserve_server.serving import Serving
-from jaxserve_server.startup_log import log_compiled, log_engine_ready, log_kv_cache, log_vocabularies, log_weights
+from jaxserve_server.serving import Limits, Serving
+from jaxserve_server.startup_log import (
+    log_compiled,
+    log_engine_ready,
+    log_kv_cache,
+    log_reuse,
+    log_vocabularies,
+    log_weights,
+)
 from jaxserve_server.status import Loaded
 
 
@@ -55,6 +62,11 @@ def load(options: Options) -> Loaded:
         max_model_len=limits.max_model_len,
         concurrency=limits.max_concurrency,
     )
+    log_reuse(
+        prefix_caching=options.engine.enable_prefix_caching,
+        num_swap_blocks=limits.num_swap_blocks,
+        num_swap_bytes=limits.num_swap_blocks * engine.kv_bytes // limits.num_blocks,
+    )
     log_engine_ready(engine.init_s)
     serving = Serving(
         engine=engine,
@@ -66,6 +78,7 @@ def load(options: Options) -> Loaded:
         system_fingerprint=fingerprint(model, limits),
         created=int(time.time()),
         default_sampling=defaults,
+        limits=Limits(max_beam_width=min(MAX_BEAM_WIDTH, limits.max_num_seqs)),
     )
     return Loaded(serving=serving, engine=engine, max_num_queued_reqs=limits.max_num_queued_reqs)
 

@@ -43,6 +43,11 @@ class Distribution(NamedTuple):
     read: Callable[[EngineMetrics], Histogram]
 
 
+def swap_usage(stats: EngineStats) -> float:
+    """The share of host memory's blocks in use, 0 to 1."""
+    return stats.num_swapped_blocks / stats.num_swap_blocks if stats.num_swap_blocks else 0.0
+
+
 def kv_usage(stats: EngineStats) -> float:
     """The share of KV blocks in use, 0 to 1."""
     return 1.0 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
@@ -53,6 +58,12 @@ GAUGES = (
     Gauge("vllm:num_requests_waiting", "Number of requests waiting to be processed.", lambda s: s.num_waiting),
     Gauge("vllm:kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", kv_usage),
     Gauge("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc.", kv_usage),
+    Gauge("vllm:cpu_cache_usage_perc", "Swap space usage. 1 means 100 percent usage.", swap_usage),
+    Gauge(
+        "jaxserve:prefix_cached_blocks",
+        "Free KV blocks whose content the prefix cache still knows.",
+        lambda s: s.num_cached_blocks,
+    ),
     Gauge(
         "jaxserve:last_commit_age_seconds",
         "Seconds since a step last delivered a token while work existed; 0 when idle.",
@@ -97,7 +108,7 @@ DISTRIBUTIONS = (
     Distribution(
         "vllm:request_max_num_generation_tokens",
         "Generated tokens of a request's longest continuation.",
-        lambda m: m.request_generation_tokens,  # n is 1, so the longest is the only one
+        lambda m: m.request_longest_tokens,
     ),
     Distribution("vllm:request_params_max_tokens", "The max_tokens parameter.", lambda m: m.params_max_tokens),
     Distribution("vllm:request_params_n", "The n parameter.", lambda m: m.params_n),
@@ -149,6 +160,14 @@ class EngineCollector(Collector):
             rejections.add_metric((*self._labels, reason), count)
         yield rejections
 
+        preemptions = CounterMetricFamily(
+            "jaxserve:preemptions", "Sequences that gave way, by what became of their KV.", labels=(*LABELS, "means")
+        )
+        for means, count in list(metrics.preemptions_by_means.items()):
+            preemptions.add_metric((*self._labels, means), count)
+        yield preemptions
+        yield from self._swaps(metrics)
+
         steps = HistogramMetricFamily("jaxserve:step_seconds", "Seconds of an engine step.", labels=(*LABELS, "kind"))
         for kind, histogram in metrics.step.items():
             add_histogram(steps, (*self._labels, kind), histogram)
@@ -166,6 +185,19 @@ class EngineCollector(Collector):
         )
         info.add_metric((self._labels[1], *metrics.cache_info.values()), 1)
         yield info
+
+    def _swaps(self, metrics: EngineMetrics) -> Iterator[Metric]:
+        """What moved between the device and host memory, by direction."""
+        totals = {"out": metrics.swapped_out, "in": metrics.swapped_in}
+        for name, help_text in (
+            ("blocks", "KV blocks copied to and from host memory."),
+            ("bytes", "Bytes of KV copied to and from host memory."),
+            ("seconds", "Seconds that copies to and from host memory took; steps ran meanwhile."),
+        ):
+            family = CounterMetricFamily(f"jaxserve:swapped_{name}", help_text, labels=(*LABELS, "direction"))
+            for direction, total in totals.items():
+                family.add_metric((*self._labels, direction), getattr(total, name))
+            yield family
 
 
 def add_histogram(family: HistogramMetricFamily, labels: tuple[str, ...], histogram: Histogram) -> None:

@@ -129,6 +129,8 @@ def add_engine_flags(parser: Parser) -> None:
     )
     add("--num-gpu-blocks-override", type=positive, metavar="N", help="number of KV blocks, whatever the memory")
     add("--kv-cache-dtype", choices=KV_DTYPES, help="of the KV cache (auto: the model's)")
+    add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="keep the KV of past requests (on)")
+    add("--swap-space", type=gibibytes, metavar="GIB", help="host memory for preempted KV (4); 0: compute it again")
     add("--seed", type=whole_number, metavar="N", help="draws the seeds of requests that bring none (0)")
     add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while another runs (on)")
     add("--compilation-cache-dir", type=optional_folder, metavar="DIR", help="compiled programs; 'none' keeps none")
@@ -185,6 +187,16 @@ def share(text: str) -> float:
         value = 0.0
     if not 0.0 < value <= 1.0:
         raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {text!r}")
+    return value
+
+
+def gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value < 2**20:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB from 0 to 1048576, such as 4 or 0.5, got {text!r}")
     return value
 
 

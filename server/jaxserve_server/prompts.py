@@ -16,6 +16,7 @@ import msgspec
 from jaxserve.text.chat import ChatOptions, encode_chat
 from jaxserve_server.body import NAMES, json_type, nests_deeper
 from jaxserve_server.errors import ApiError, ErrorKind, context_length_error, quote
+from jaxserve_server.sampling import check_fan_out
 from jaxserve_server.schemas import ChatRequest, CompletionRequest, GenerationRequest, Message, TokenizeRequest
 from jaxserve_server.serving import Serving
 
@@ -36,10 +37,10 @@ class Prompt:
 
 
 async def completion_prompts(request: CompletionRequest, serving: Serving) -> list[Prompt]:
-    """The prompts of a completion request, one a choice.
+    """The prompts of a completion request.
 
     Raises:
-        ApiError: no prompt, a wrong form, an id outside of the vocabulary, or too many prompts.
+        ApiError: no prompt, a wrong form, an id outside of the vocabulary, or too many prompts or continuations.
     """
     given = request.prompt
     if given is None:
@@ -54,6 +55,7 @@ async def completion_prompts(request: CompletionRequest, serving: Serving) -> li
     items = given if isinstance(given, list) else [given]
     if len(items) > serving.limits.max_prompts:
         raise ApiError(ErrorKind.ARRAY_ABOVE_MAX, "prompt", bound=serving.limits.max_prompts, value=len(items))
+    check_fan_out(len(items), request, serving.limits)
     if len({type(item) for item in items}) > 1:
         raise ApiError(ErrorKind.INVALID_TYPE, "prompt", expected="an array of one type", got="an array of several")
     if isinstance(items[0], list):

@@ -1,4 +1,4 @@
-"""From a typed request to SamplingParams: bounds, combinations, and what is valid but not served.
+"""From a typed request to the engine's parameters: bounds, combinations, and what is valid but not served.
 
 Knows the two generation endpoints' rules; must not know how a request runs. What SamplingParams checks itself is
 left to it: its errors carry OpenAI's codes.
@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from jaxserve.checks import check_cache_salt
+from jaxserve.results import ranked_params
 from jaxserve.text.bad_words import resolve_bad_words
-from jaxserve.types import MAX_LOGPROBS, MAX_STOP_STRING_CHARS, SamplingParams
+from jaxserve.types import MAX_LOGPROBS, MAX_STOP_STRING_CHARS, BeamSearchParams, SamplingParams
+from jaxserve_server.beams import beam_params, check_beam_search
 from jaxserve_server.errors import ApiError, ErrorKind, quote
 from jaxserve_server.schemas import ChatRequest, CompletionRequest, GenerationRequest
 from jaxserve_server.serving import Limits, Serving
@@ -40,6 +43,8 @@ def check_common(request: GenerationRequest, serving: Serving) -> None:
     """Raises ApiError for what neither endpoint takes, besides bounds that SamplingParams knows."""
     check_model(request.model, serving, required=True)
     check_counts(request, serving.limits)
+    check_beam_search(request)
+    check_cache_salt(request.cache_salt)
     check_stop(request.stop, serving.limits.max_stop)
     check_token_ids(request, serving.model_config.vocab_size)
     check_stream(request)
@@ -65,18 +70,28 @@ def check_model(name: str | None, serving: Serving, *, required: bool) -> None:
 
 
 def check_counts(request: GenerationRequest, limits: Limits) -> None:
-    """Raises for `n` and `best_of`: out of bounds, at odds, or more than the one continuation that is served."""
-    check_range("n", request.n, 1, limits.max_n)
-    check_range("best_of", request.best_of, 1, limits.max_n)
+    """Raises for `n` and `best_of`: out of bounds, or at odds with each other or with `stream`."""
+    bound = limits.max_beam_width if request.use_beam_search else limits.max_n
+    check_range("n", request.n, 1, bound)
+    check_range("best_of", request.best_of, 1, bound)
     n, best_of = request.n or 1, request.best_of
     if best_of is not None and best_of < n:
         raise ApiError(ErrorKind.CONTRADICTION, "best_of", reason=f"'best_of' must be at least n={n}, got {best_of}.")
-    if best_of is not None and best_of > 1 and request.stream:
-        raise ApiError(ErrorKind.CONTRADICTION, "best_of", reason="'best_of' above 1 cannot be streamed.")
-    for name, value in (("n", n), ("best_of", best_of)):
-        if value is not None and value > 1:
-            reason = f"only 1 is served yet, but got {value}. Send the request several times with different seeds."
-            raise ApiError(ErrorKind.UNSUPPORTED_VALUE, name, reason=reason)
+    if best_of is not None and best_of > n and request.stream:
+        reason = f"'best_of' above n={n} cannot be streamed: which are the best is known at the end."
+        raise ApiError(ErrorKind.CONTRADICTION, "best_of", reason=reason)
+
+
+def check_fan_out(num_prompts: int, request: GenerationRequest, limits: Limits) -> None:
+    """Raises for more continuations than one request may have: each takes a row (CVE-2026-34756, CVE-2026-73559)."""
+    name = "n" if request.best_of is None else "best_of"
+    each = getattr(request, name) or 1
+    if num_prompts * each > limits.max_sequences:
+        reason = (
+            f"{num_prompts} prompts with {name}={each} make {num_prompts * each} continuations, and one request may "
+            f"have at most {limits.max_sequences}. Send fewer prompts, or a smaller '{name}'."
+        )
+        raise ApiError(ErrorKind.INVALID_COMBINATION, name, reason=reason)
 
 
 def check_stop(stop: str | list[str] | None, max_items: int) -> None:
@@ -176,15 +191,22 @@ def check_chat(request: ChatRequest, serving: Serving) -> None:
         raise ApiError(ErrorKind.UNSUPPORTED_PARAMETER, "tools", remedy=" Tools are not supported yet.")
 
 
-def completion_params(request: CompletionRequest, serving: Serving, *, max_tokens: int) -> SamplingParams:
+def completion_params(
+    request: CompletionRequest, serving: Serving, *, max_tokens: int
+) -> SamplingParams | BeamSearchParams:
     """What the engine is asked; with `echo` the prompt's logprobs come along with the completion's."""
+    if request.use_beam_search:
+        return beam_params(request, max_tokens=max_tokens)
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
     return _params(request, serving, max_tokens=max_tokens, logprobs=request.logprobs, prompt_logprobs=prompt_logprobs)
 
 
-def chat_params(request: ChatRequest, serving: Serving, *, max_tokens: int) -> SamplingParams:
+def chat_params(request: ChatRequest, serving: Serving, *, max_tokens: int) -> SamplingParams | BeamSearchParams:
+    """What the engine is asked."""
+    if request.use_beam_search:
+        return beam_params(request, max_tokens=max_tokens)
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     return _params(request, serving, max_tokens=max_tokens, logprobs=logprobs, prompt_logprobs=request.prompt_logprobs)
 
@@ -193,9 +215,12 @@ def _params(request: GenerationRequest, serving: Serving, **fixed: Any) -> Sampl
     """Raises ParameterError for what SamplingParams refuses."""
     given = {name: value for name in SIMPLE_FIELDS if (value := getattr(request, name)) is not None}
     defaults = {name: value for name, value in serving.default_sampling.items() if name in SIMPLE_FIELDS}
-    return SamplingParams(
+    params = SamplingParams(
         **{**defaults, **given},
         **fixed,
+        n=request.n or 1,
+        best_of=request.best_of,
         logit_bias=logit_bias(request.logit_bias, serving.model_config.vocab_size),
         bad_words_token_ids=resolve_bad_words(serving.tokenizer, request.bad_words or ()),
     )
+    return ranked_params(params)

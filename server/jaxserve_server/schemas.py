@@ -126,6 +126,10 @@ class GenerationRequest(Request):
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
     response_format: ResponseFormat | None = None
+    cache_salt: str | None = None
+    use_beam_search: bool | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | str | None = None
     # Accepted, with no effect: bookkeeping of hosted services that SDKs send.
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -180,6 +184,10 @@ class DetokenizeRequest(Request):
     tokens: list[int] | None = None
 
 
+class ResetRequest(Request):
+    """`POST /reset_prefix_cache`: nothing, or an empty object."""
+
+
 @dataclass(frozen=True, slots=True)
 class Refused:
     """A field that we know and do not serve.
@@ -196,14 +204,11 @@ class Refused:
 _GUIDED = Refused(remedy=" vLLM renamed it to 'structured_outputs', which is not supported here yet either.")
 _SERVER_TEMPLATE = Refused(remedy=" Start the server with --chat-template to set the template.")
 _TEXT_ONLY = Refused(remedy=" This server takes and gives text only.")
-_BEAM = "Beam search is not supported: remove it."
 
 REFUSED: Final[dict[str, Refused]] = {
     "audio": _TEXT_ONLY,
-    "cache_salt": Refused(),
     "chat_template": _SERVER_TEMPLATE,
     "documents": Refused((None, []), " Put the documents into a message."),
-    "early_stopping": Refused((None, False), " " + _BEAM),
     "ec_transfer_params": Refused(),
     "echo": Refused((None, False), " Use /v1/completions."),
     "function_call": Refused((None, "none")),
@@ -216,7 +221,6 @@ REFUSED: Final[dict[str, Refused]] = {
     "guided_whitespace_pattern": _GUIDED,
     "include_reasoning": Refused((None, True)),
     "kv_transfer_params": Refused(),
-    "length_penalty": Refused((None, 1, 1.0), " " + _BEAM),
     "logprob_token_ids": Refused(remedy=" Use 'logprobs' or 'top_logprobs'."),
     "media_io_kwargs": _TEXT_ONLY,
     "mm_processor_kwargs": _TEXT_ONLY,
@@ -233,7 +237,6 @@ REFUSED: Final[dict[str, Refused]] = {
     "thinking_token_budget": Refused(),
     "tool_choice": Refused((None, "none"), " Tools are not supported yet."),
     "tools": Refused((None, []), " Tools are not supported yet."),
-    "use_beam_search": Refused((None, False), " " + _BEAM),
     "verbosity": Refused((None, "medium"), " Ask for it in a message."),
     "vllm_xargs": Refused((None, {})),
     "watermarking": Refused((None, False)),

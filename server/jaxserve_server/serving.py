@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from jaxserve.config import ModelConfig
-from jaxserve.types import Delta, EngineStats, FinishReason, SamplingParams
+from jaxserve.types import MAX_BEAM_WIDTH, BeamSearchParams, Delta, EngineStats, FinishReason, SamplingParams
 
 
 class AsyncEngineLike(Protocol):
@@ -22,17 +22,26 @@ class AsyncEngineLike(Protocol):
         ...
 
     def generate(
-        self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Yields the request's deltas; closing it aborts the request and frees its blocks.
+        """Yields the deltas of the request's continuations; closing it aborts them all and frees their blocks.
 
         Raises:
             RequestError, UnavailableError: from the first `anext`, before any delta.
         """
         ...
 
-    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
-        """Ends a request early; `reason` is "stop" where a stop string was found in its text."""
+    def abort(self, request_id: str, reason: FinishReason = "abort", index: int | None = None) -> None:
+        """Ends a request, or one of its continuations, early; `reason` is "stop" where a stop string ended its text."""
+        ...
+
+    async def reset_prefix_cache(self) -> int:
+        """Forgets the KV of past requests; returns how many blocks of it there were."""
         ...
 
     def stats(self) -> EngineStats: ...
@@ -46,6 +55,8 @@ class Limits:
         max_prompts: prompts of one completion request; each is a request to the engine (CVE-2026-73559).
         max_stop: OpenAI's bound of `stop`; the engine could take 16.
         max_n: bound of `n` and `best_of`.
+        max_sequences: continuations of one HTTP request, of all its prompts together.
+        max_beam_width: bound of `n` and `best_of` of a beam search, which needs so many rows at once.
         max_completion_logprobs: bound of `logprobs` in /v1/completions.
         max_tools, max_messages: bounds of these arrays.
         max_json_depth: nesting of the body; deeper is refused as malformed.
@@ -56,6 +67,8 @@ class Limits:
     max_prompts: int = 32
     max_stop: int = 4
     max_n: int = 16
+    max_sequences: int = 64
+    max_beam_width: int = MAX_BEAM_WIDTH
     max_completion_logprobs: int = 5
     max_tools: int = 128
     max_messages: int = 4096

@@ -60,6 +60,15 @@ def log_kv_cache(*, device: str, num_bytes: int, num_tokens: int, max_model_len:
     )
 
 
+def log_reuse(*, prefix_caching: bool, num_swap_blocks: int, num_swap_bytes: int) -> None:
+    """Says what becomes of the KV of requests that have ended or gave way."""
+    logger.info("Prefix caching: %s", "on" if prefix_caching else "off")
+    if num_swap_blocks:
+        logger.info("Swap space: %.2f GiB of host memory, %s blocks", num_swap_bytes / GIB, f"{num_swap_blocks:,}")
+    else:
+        logger.info("Swap space: off, preempted requests are computed again")
+
+
 def log_compiled(num_done: int, num_all: int, name: str, seconds: float) -> None:
     logger.info("Compiling step programs: %d/%d, %s took %.2f s", num_done, num_all, name, seconds)
 

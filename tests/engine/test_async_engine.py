@@ -195,6 +195,7 @@ def test_who_waits_too_long_for_a_first_step_is_refused(
     assert len(first) == 50, "the one that runs is not late, however long it takes"
     assert [type(e) for e in others] == [QueueTimeoutError] * 2
     assert engine.metrics.rejections["queue_timeout"] == 2
+    assert engine.metrics.request_success == {"stop": 0, "length": 1, "abort": 0, "error": 0}
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from jaxserve import LLM, SamplingParams
+from jaxserve import LLM, BeamSearchParams, SamplingParams
 from jaxserve.errors import CheckpointError, ConfigError, ContextLengthError, ParameterError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24)
@@ -106,6 +106,115 @@ def test_one_request_s_nan_costs_the_others_nothing(llm: LLM, monkeypatch: pytes
             assert a.outputs[0].token_ids[: len(b.outputs[0].token_ids)] == b.outputs[0].token_ids
         else:
             assert a.outputs == b.outputs
+
+
+def test_n_continuations_are_those_of_their_own_seeds(llm: LLM) -> None:
+    """Of more prompts and continuations than rows and queue hold together."""
+    prompts = ["The sun", "A fox and a bear", "Once upon a time there was a cat"] * 2
+    params = SamplingParams(n=3, temperature=2.0, seed=11, max_tokens=12, logprobs=0)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    assert [o.prompt for o in outputs] == prompts
+    for output, again in zip(outputs[:3], outputs[3:], strict=True):
+        assert [c.index for c in output.outputs] == [0, 1, 2]
+        assert len({c.token_ids for c in output.outputs}) == 3
+        assert [c.token_ids for c in output.outputs] == [c.token_ids for c in again.outputs]
+        (alone,) = llm.generate(output.prompt or "", replace(params, n=1), use_tqdm=False)
+        assert alone.outputs[0].token_ids == output.outputs[0].token_ids  # the first has the request's own seed
+    stats = llm._core.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, stats.num_blocks)
+
+
+def test_best_of_returns_the_likeliest_of_those_that_n_would(llm: LLM) -> None:
+    params = SamplingParams(n=4, temperature=1.0, seed=5, max_tokens=8, logprobs=1)
+    (all_four,) = llm.generate("The moon", params, use_tqdm=False)
+    (best,) = llm.generate("The moon", replace(params, n=2, best_of=4, logprobs=None), use_tqdm=False)
+
+    def mean(tokens: Any) -> float:
+        return sum(t.logprob for t in tokens.logprobs) / len(tokens.token_ids)
+
+    ranked = sorted(all_four.outputs, key=mean, reverse=True)[:2]
+    assert [c.token_ids for c in best.outputs] == [c.token_ids for c in ranked]
+    assert [c.index for c in best.outputs] == [0, 1]
+    assert all(c.logprobs is None and c.cumulative_logprob is not None for c in best.outputs)
+
+
+def test_a_stop_string_ends_one_continuation_and_leaves_the_others(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, seed=3, max_tokens=16)
+    (free,) = llm.generate("The sun is", params, use_tqdm=False)
+    words = [set(c.text.split()) for c in free.outputs]
+    word = sorted(words[0] - words[1] - words[2], key=len)[-1]
+    (cut,) = llm.generate("The sun is", replace(params, stop=word), use_tqdm=False)
+    assert cut.outputs[0].text == free.outputs[0].text.split(word)[0]
+    assert cut.outputs[0].stop_reason == word
+    for a, b in zip(cut.outputs[1:], free.outputs[1:], strict=True):
+        if word not in b.text:
+            assert a == b
+
+
+def test_a_prompt_seen_before_is_not_computed_again(llm: LLM) -> None:
+    prompt = "Once upon a time there was a fox who lived beside a river and had a friend, a bear who liked honey."
+    llm.reset_prefix_cache()
+    (first,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    (second,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    (other,) = llm.generate(prompt, GREEDY, use_tqdm=False, cache_salt="tenant")
+    (again,) = llm.generate({"prompt": prompt, "cache_salt": "tenant"}, GREEDY, use_tqdm=False)
+    num_prompt, block = len(first.prompt_token_ids), llm._core.limits.block_size
+    assert num_prompt > block
+    assert [o.num_cached_tokens for o in (first, other)] == [0, 0]
+    for hit in (second, again):
+        assert (num_prompt - 1) // block * block <= hit.num_cached_tokens < num_prompt
+        assert hit.outputs == first.outputs
+    assert llm.reset_prefix_cache() > 0
+    (after,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    assert after.num_cached_tokens == 0
+    (scored,) = llm.generate(prompt, replace(GREEDY, prompt_logprobs=1), use_tqdm=False)
+    assert scored.prompt_logprobs is not None
+    assert None not in scored.prompt_logprobs[1:]
+
+
+def test_vllms_forms_of_a_prompt(llm: LLM) -> None:
+    (plain,) = llm.generate("The sun is", GREEDY, use_tqdm=False)
+    ids = list(plain.prompt_token_ids)
+    forms: list[Any] = [{"prompt": "The sun is"}, {"prompt_token_ids": ids}, {"prompt": "x", "prompt_token_ids": ids}]
+    outputs = llm.generate(forms, GREEDY, use_tqdm=False)
+    assert [o.prompt for o in outputs] == ["The sun is", None, "x"]
+    assert all(o.outputs == plain.outputs for o in outputs)
+    for wrong in ({}, {"prompt": 5}, {"prompt": "x", "multi_modal_data": {}}, {"cache_salt": "s"}):
+        with pytest.raises(ParameterError, match="A prompt's dict"):
+            llm.generate(wrong, GREEDY, use_tqdm=False)
+    for salt in ("", "x" * 257, 5):
+        with pytest.raises(ParameterError, match="cache_salt"):
+            llm.generate({"prompt": "x", "cache_salt": salt}, GREEDY, use_tqdm=False)
+    with pytest.raises(ParameterError, match="2 cache salts for 1 prompts"):
+        llm.generate("x", GREEDY, use_tqdm=False, cache_salt=["a", "b"])
+
+
+def test_beam_search_returns_hypotheses_best_first(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=8, length_penalty=0.5)
+    outputs = llm.beam_search(["The sun is", {"prompt": "A fox and"}] * 2, params, use_tqdm=False)
+    assert [o.prompt for o in outputs] == ["The sun is", "A fox and"] * 2
+    for output, again in zip(outputs[:2], outputs[2:], strict=True):
+        assert [s.token_ids for s in output.sequences] == [s.token_ids for s in again.sequences]
+        scores = [s.score for s in output.sequences]
+        assert len(set(output.sequences)) == 3
+        assert scores == sorted(scores, reverse=True)
+        for sequence in output.sequences:
+            assert sequence.score == pytest.approx(sequence.cum_logprob / len(sequence.token_ids) ** 0.5, rel=1e-5)
+            # the sum, from the logprobs of the same tokens as a prompt
+            ids = [*output.prompt_token_ids, *sequence.token_ids]
+            scorer = SamplingParams(max_tokens=1, prompt_logprobs=0)
+            (scored,) = llm.generate(ids, scorer, use_tqdm=False)
+            assert scored.prompt_logprobs is not None
+            own = [t.logprob for t in scored.prompt_logprobs[len(output.prompt_token_ids) :] if t is not None]
+            assert sequence.cum_logprob == pytest.approx(sum(own), abs=1e-3)  # eight float32 logprobs, 1e-4 each
+    (greedy,) = llm.beam_search("The sun is", BeamSearchParams(beam_width=1, max_tokens=8), use_tqdm=False)
+    (sampled,) = llm.generate("The sun is", replace(GREEDY, max_tokens=8), use_tqdm=False)
+    assert greedy.sequences[0].token_ids == sampled.outputs[0].token_ids
+
+
+def test_a_search_wider_than_the_batch_is_refused(llm: LLM) -> None:
+    with pytest.raises(ParameterError, match="4"):
+        llm.beam_search("x", BeamSearchParams(beam_width=5), use_tqdm=False)
 
 
 def test_the_bar_shows_speeds(llm: LLM, capfd: pytest.CaptureFixture[str]) -> None:

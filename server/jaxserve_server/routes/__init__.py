@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.routing import Route
 
 from jaxserve_server.routes.answer import answering
+from jaxserve_server.routes.cache import reset_prefix_cache
 from jaxserve_server.routes.chat import chat_completions
 from jaxserve_server.routes.completions import completions
 from jaxserve_server.routes.models import list_models, retrieve_model
@@ -20,5 +21,6 @@ def api_routes() -> list[Route]:
         Route("/v1/models/{model:path}", answering(retrieve_model), methods=["GET"]),
         Route("/tokenize", answering(tokenize), methods=["POST"]),
         Route("/detokenize", answering(detokenize), methods=["POST"]),
+        Route("/reset_prefix_cache", answering(reset_prefix_cache), methods=["POST"]),
         Route("/tokenizer_info", answering(tokenizer_info), methods=["GET"]),
     ]

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: a conversation in, the next message out."""
+"""`POST /v1/chat/completions`: a conversation in, the next message out, `n` times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jaxserve_server.body import read_request
-from jaxserve_server.choices import Choice, Style, chat_choice_logprobs, choice_prompt_logprobs
+from jaxserve_server.choices import Candidates, Choice, Style, chat_choice_logprobs, choice_prompt_logprobs, total_usage
 from jaxserve_server.generation import Job, new_response_id, run
 from jaxserve_server.prompts import Prompt, chat_prompt, fit
 from jaxserve_server.responses import (
@@ -76,7 +76,8 @@ def _job(prompt: Prompt, request: ChatRequest, serving: Serving) -> Job:
     wanted = room if asked is None else asked
     if asked is None and (default := serving.default_sampling.get("max_tokens")):
         wanted = min(room, int(default))
-    return Job(0, prompt, chat_params(request, serving, max_tokens=wanted))
+    params = chat_params(request, serving, max_tokens=wanted)
+    return Job(0, prompt, params, request.n or 1, request.cache_salt)
 
 
 def _style(request: ChatRequest) -> Style:
@@ -89,54 +90,58 @@ def _style(request: ChatRequest) -> Style:
     )
 
 
-async def _states(call: _Call, choice: Choice) -> AsyncGenerator[Choice, None]:
-    """The choice after each token."""
+async def _states(call: _Call, candidates: Candidates) -> AsyncGenerator[Choice, None]:
+    """The choices, each after each of its tokens."""
     async with aclosing(run(call.serving, [call.job])) as gains:
         async for gain in gains:
-            choice.num_cached_tokens = max(choice.num_cached_tokens, gain.num_cached_tokens)
-            if gain.prompt_logprobs is not None:
-                choice.prompt_logprobs = gain.prompt_logprobs
+            candidates.note(gain)
             for part in gain.parts:
-                choice.add(part)
+                choice = candidates.choices[part.index]
+                choice.add(part.gain)
                 yield choice
 
 
 async def _whole(call: _Call) -> ChatCompletion:
-    tokenizer = call.serving.tokenizer
-    choice = Choice(0, call.job.prompt, call.style)
-    async with aclosing(_states(call, choice)) as states:
+    candidates = Candidates(call.job, call.style)
+    async with aclosing(_states(call, candidates)) as states:
         async for _ in states:
             pass
-    written = ChatChoice(
-        index=0,
-        message=ChatMessage("assistant", choice.text),
-        logprobs=chat_choice_logprobs(choice, tokenizer),
-        finish_reason=choice.finish_reason,
-        stop_reason=choice.stop_reason,
-        token_ids=choice.token_ids if call.style.token_ids else UNSET,
-    )
+    best = candidates.best()
     return ChatCompletion(
         id=call.id,
         created=call.created,
         model=call.serving.model_name,
-        choices=[written],
-        usage=choice.usage(),
+        choices=[_chat_choice(call, choice) for choice in best],
+        usage=total_usage([candidates]),
         system_fingerprint=call.serving.system_fingerprint,
         prompt_token_ids=list(call.job.prompt.token_ids) if call.style.token_ids else UNSET,
-        prompt_logprobs=choice_prompt_logprobs(choice, tokenizer),
+        prompt_logprobs=choice_prompt_logprobs(best[0], call.serving.tokenizer),
+    )
+
+
+def _chat_choice(call: _Call, choice: Choice) -> ChatChoice:
+    return ChatChoice(
+        index=choice.index,
+        message=ChatMessage("assistant", choice.text),
+        logprobs=chat_choice_logprobs(choice, call.serving.tokenizer),
+        finish_reason=choice.finish_reason,
+        stop_reason=choice.stop_reason,
+        token_ids=choice.token_ids if call.style.token_ids else UNSET,
     )
 
 
 async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
-    """The role with the first token, then a chunk a token; the last one says why it ended."""
-    choice = Choice(0, call.job.prompt, call.style)
+    """For each choice the role with its first token, then a chunk a token; its last one says why it ended."""
+    candidates = Candidates(call.job, call.style)
     options = call.request.stream_options
     continuous = bool(options and options.continuous_usage_stats)
-    role_sent = False
-    async with aclosing(_states(call, choice)) as states:
-        async for _ in states:
-            events = b"" if role_sent else _role_event(call, choice, continuous)
-            role_sent = True
+    with_role: set[int] = set()
+    async with aclosing(_states(call, candidates)) as states:
+        async for choice in states:
+            events = b""
+            if choice.index not in with_role:
+                events = _role_event(call, choice, continuous, is_first=not with_role)
+                with_role.add(choice.index)
             if choice.due:
                 events += _content_event(call, choice, continuous)
             if events:
@@ -144,24 +149,24 @@ async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
     last = DONE
     if options and options.include_usage:
         chunk = call.chunk([])
-        chunk.usage = choice.usage()
+        chunk.usage = total_usage([candidates])
         last = event(chunk) + DONE
     yield last
 
 
-def _role_event(call: _Call, choice: Choice, continuous: bool) -> bytes:
+def _role_event(call: _Call, choice: Choice, continuous: bool, *, is_first: bool) -> bytes:
     """Sent with the first token and not before: clients take the first chunk for the first token."""
-    chunk = call.chunk([ChatChunkChoice(0, ChatDelta(role="assistant", content=""))])
-    if call.style.token_ids:
+    chunk = call.chunk([ChatChunkChoice(choice.index, ChatDelta(role="assistant", content=""))])
+    if call.style.token_ids and is_first:
         chunk.prompt_token_ids = list(call.job.prompt.token_ids)
     if continuous:
-        chunk.usage = usage(len(call.job.prompt.token_ids), 0, choice.num_cached_tokens)
+        chunk.usage = usage(len(call.job.prompt.token_ids), 0, choice.source.num_cached_tokens)
     return event(chunk)
 
 
 def _content_event(call: _Call, choice: Choice, continuous: bool) -> bytes:
     written = ChatChunkChoice(
-        index=0,
+        index=choice.index,
         delta=ChatDelta(content=choice.text),
         logprobs=chat_choice_logprobs(choice, call.serving.tokenizer),
         finish_reason=choice.finish_reason,

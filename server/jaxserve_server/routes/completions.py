@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: prompts in, their continuations out, one choice a prompt."""
+"""`POST /v1/completions`: prompts in, their continuations out, `n` choices a prompt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jaxserve.text.assembler import TextDelta
+from jaxserve.text.assembler import TextDelta, TextPart
 from jaxserve_server.body import read_request
-from jaxserve_server.choices import Choice, Style, completion_choice, echoed, total_usage
+from jaxserve_server.choices import Candidates, Choice, Style, completion_choice, echoed, total_usage
 from jaxserve_server.generation import Gain, Job, new_response_id, run
 from jaxserve_server.prompts import Prompt, completion_prompts, fit, off_loop
 from jaxserve_server.responses import Completion, CompletionChoice
@@ -69,7 +69,8 @@ def _job(index: int, prompt: Prompt, request: CompletionRequest, serving: Servin
     prompt = fit(prompt, request, serving, request.max_tokens, what="prompt")
     wanted = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else max(1, request.max_tokens)
     room = max(1, serving.max_model_len - len(prompt.token_ids))
-    return Job(index, prompt, completion_params(request, serving, max_tokens=min(wanted, room)))
+    params = completion_params(request, serving, max_tokens=min(wanted, room))
+    return Job(index, prompt, params, request.n or 1, request.cache_salt)
 
 
 def _style(request: CompletionRequest) -> Style:
@@ -82,30 +83,26 @@ def _style(request: CompletionRequest) -> Style:
     )
 
 
-async def _gains(call: _Call, choices: list[Choice]) -> AsyncGenerator[Choice, None]:
+async def _gains(call: _Call, prompts: list[Candidates]) -> AsyncGenerator[Choice, None]:
     """The choices, each as soon as it gained something; an echoed prompt comes with the first of it."""
-    echoes = {}
+    echoes: list[tuple[str, list[int]]] = []
     if call.request.echo:
         size = sum(len(job.prompt.token_ids) for job in call.jobs)
         tokenizer = call.serving.tokenizer
-        prompts = [job.prompt for job in call.jobs]
-        echoes = dict(
-            enumerate(await off_loop(size, call.serving, lambda: [echoed(prompt, tokenizer) for prompt in prompts]))
-        )
+        echoes = await off_loop(size, call.serving, lambda: [echoed(job.prompt, tokenizer) for job in call.jobs])
     async with aclosing(_run(call)) as gains:
         async for gain in gains:
-            choice = choices[gain.index]
-            choice.num_cached_tokens = max(choice.num_cached_tokens, gain.num_cached_tokens)
-            if gain.prompt_logprobs is not None:
-                choice.prompt_logprobs = gain.prompt_logprobs
-            if gain.index in echoes:
-                wanted = gain.prompt_logprobs if call.request.logprobs is not None else None
-                choice.echo(*echoes.pop(gain.index), wanted)
+            candidates = prompts[gain.job]
+            candidates.note(gain)
             for part in gain.parts:
-                choice.add(_NOTHING if call.echo_only else part)
+                choice = candidates.choices[part.index]
+                if choice.finish_reason is not None:  # nothing but the echo was wanted
+                    continue
+                if echoes and not choice.begun:
+                    wanted = candidates.source.logprobs if call.request.logprobs is not None else None
+                    choice.echo(*echoes[gain.job], wanted)
+                choice.add(_NOTHING if call.echo_only else part.gain)
                 yield choice
-                if choice.finish_reason is not None:
-                    break
 
 
 _NOTHING = TextDelta("", finish_reason="length")  # what a prompt of which only the echo is wanted generates
@@ -114,7 +111,7 @@ _NOTHING = TextDelta("", finish_reason="length")  # what a prompt of which only 
 async def _run(call: _Call) -> AsyncGenerator[Gain, None]:
     if call.echo_only and call.request.logprobs is None and call.request.prompt_logprobs is None:
         for job in call.jobs:
-            yield Gain(job.index, (_NOTHING,))
+            yield Gain(job.index, tuple(TextPart(i, _NOTHING) for i in range(job.params.num_sequences)))
         return
     async with aclosing(run(call.serving, call.jobs)) as gains:
         async for gain in gains:
@@ -122,19 +119,20 @@ async def _run(call: _Call) -> AsyncGenerator[Gain, None]:
 
 
 async def _whole(call: _Call) -> Completion:
-    choices = [Choice(job.index, job.prompt, call.style) for job in call.jobs]
-    async with aclosing(_gains(call, choices)) as gains:
+    prompts = [Candidates(job, call.style) for job in call.jobs]
+    async with aclosing(_gains(call, prompts)) as gains:
         async for _ in gains:
             pass
-    answer = call.answer([completion_choice(choice, call.serving.tokenizer) for choice in choices])
-    answer.usage = total_usage(choices)
+    best = [choice for candidates in prompts for choice in candidates.best()]
+    answer = call.answer([completion_choice(choice, call.serving.tokenizer) for choice in best])
+    answer.usage = total_usage(prompts)
     return answer
 
 
 async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
-    choices = [Choice(job.index, job.prompt, call.style) for job in call.jobs]
+    prompts = [Candidates(job, call.style) for job in call.jobs]
     options = call.request.stream_options
-    async with aclosing(_gains(call, choices)) as gains:
+    async with aclosing(_gains(call, prompts)) as gains:
         async for choice in gains:
             if choice.due:
                 chunk = call.answer([completion_choice(choice, call.serving.tokenizer)])
@@ -145,6 +143,6 @@ async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
     last = DONE
     if options and options.include_usage:
         chunk = call.answer([])
-        chunk.usage = total_usage(choices)
+        chunk.usage = total_usage(prompts)
         last = event(chunk) + DONE
     yield last

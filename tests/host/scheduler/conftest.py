@@ -1,12 +1,8 @@
-"""The EchoDevice and makers of schedulers and requests, shared by this folder's tests."""
+"""Makers of schedulers and requests, shared by this folder's tests."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,19 +10,6 @@ import pytest
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequences import Request
-
-
-@pytest.fixture(scope="session")
-def echo() -> ModuleType:
-    """The module `echo_device.py` beside this file."""
-    name = "jaxserve_tests_echo_device"
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("echo_device.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

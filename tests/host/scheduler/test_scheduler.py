@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 
 import numpy as np
 import pytest
 
 from jaxserve.errors import ConfigError, KVBudgetError, QueueFullError
 from jaxserve.scheduler.policy import SchedulerLimits
+from jaxserve.scheduler.sequences import Sequence
 
 OTHER = 500  # a token that ends nothing
 
 
 def step(scheduler, token=OTHER):
     """One step in order, each sampled row getting `token`; returns the plan and its events."""
-    plan = scheduler.plan()
-    scheduler.commit(plan)
+    plan = scheduler.commit(scheduler.plan())
     return plan, scheduler.digest(plan, np.full(len(plan.sampled_rows), token, np.int32))
 
 
-def as_lists(plan):
-    return {f.name: np.asarray(getattr(plan, f.name)).tolist() for f in fields(plan)}
+def as_lists(value):
+    """A plan or decision as nested lists; sequences by name."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, tuple):
+        return [as_lists(item) for item in value]
+    if isinstance(value, Sequence):
+        return value.request.request_id, value.index
+    return {f.name: as_lists(getattr(value, f.name)) for f in fields(value)} if is_dataclass(value) else value
+
+
+def names(sequences):
+    return [sequence.request.request_id for sequence in sequences]
+
+
+def columns(table):
+    """A table's columns, for comparison; objects by identity."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(table).items()}
 
 
 def test_a_request_from_prompt_to_length(make_scheduler, make_request) -> None:
@@ -37,10 +52,18 @@ def test_a_request_from_prompt_to_length(make_scheduler, make_request) -> None:
         "prefill_starts": [0],
         "prefill_lens": [3],
         "prefill_samples": [True],
-        "block_rows": [0],
-        "block_cols": [0],
-        "block_ids": [1],
-        "admitted": [0],
+        "prefill_stored": [False],
+        "block_rows": [],
+        "block_cols": [],
+        "block_ids": [],
+        "copy_from": [],
+        "copy_to": [],
+        "swap_out_blocks": [],
+        "swap_out_slots": [],
+        "swap_in_slots": [],
+        "swap_in_blocks": [],
+        "admitted": [{"row": 0, "block_ids": [1], "num_stored": 0}],
+        "beam_groups": [],
         "preempted": [],
         "generations": [0],
     }
@@ -50,7 +73,7 @@ def test_a_request_from_prompt_to_length(make_scheduler, make_request) -> None:
     plan, events = step(scheduler)
     assert plan.decode_positions.tolist() == [4]
     assert (plan.block_rows.tolist(), plan.block_cols.tolist(), plan.block_ids.tolist()) == ([0], [1], [2])
-    assert [(e.request.request_id, e.reason, e.stop_reason) for e in events.finished] == [("a", "length", None)]
+    assert [(e.sequence.request.request_id, e.reason, e.stop_reason) for e in events.finished] == [("a", "length", None)]
     assert not scheduler.has_work
     assert scheduler.num_free_blocks == 16
 
@@ -74,45 +97,46 @@ def test_prefills_go_in_order_of_arrival_within_the_token_budget(make_scheduler,
     for name in "abc":
         scheduler.add(make_request(name, 10, 10))
     plan, _ = step(scheduler)
-    assert plan.admitted == (0, 1)
+    assert [a.row for a in plan.admitted] == [0, 1]
     assert plan.prefill_lens.tolist() == [10, 6]
     assert plan.prefill_samples.tolist() == [True, False]
-    assert scheduler.sequences.requests[1].request_id == "b"
+    assert scheduler.sequences.sequences[1].request.request_id == "b"
     plan, _ = step(scheduler)
     assert plan.decode_rows.tolist() == [0]
     assert plan.prefill_rows.tolist() == [1, 2]
     assert plan.prefill_starts.tolist() == [6, 0]
     assert plan.prefill_lens.tolist() == [4, 10]
-    assert plan.admitted == (2,)
+    assert [a.row for a in plan.admitted] == [2]
 
 
 def test_the_queue_is_served_first_come_first_served(echo, make_scheduler, make_request) -> None:
     sim = echo.Simulation(make_scheduler(num_blocks=33))
-    names = [f"r{i}" for i in np.random.default_rng(0).permutation(30)]
-    for i, name in enumerate(names):
+    ordered = [f"r{i}" for i in np.random.default_rng(0).permutation(30)]
+    for i, name in enumerate(ordered):
         sim.add(make_request(name, num_prompt=1 + i * 7 % 40, max_tokens=1 + i % 9))
     sim.drain()
     sim.check_outputs()
-    assert sim.admitted == names
-    assert [sim.requests[name].arrival for name in names] == list(range(30))
+    assert sim.admitted == ordered
+    assert [sim.requests[name].arrival for name in ordered] == list(range(30))
 
 
-def test_plan_is_pure_and_plans_are_read_only(echo, make_scheduler, make_request) -> None:
-    sim = echo.Simulation(make_scheduler(num_blocks=17))
+def test_plan_is_pure_and_plans_are_read_only(make_scheduler, make_request) -> None:
+    scheduler = make_scheduler(num_blocks=17, num_swap_blocks=20)
     for i in range(6):
-        sim.add(make_request(f"r{i}", 9, 30))
-    for _ in range(12):
-        before = copy.deepcopy(vars(sim.scheduler))
-        first, second = sim.scheduler.plan(), sim.scheduler.plan()
+        scheduler.add(make_request(f"r{i}", 9, 30, num_sequences=1 + i % 2))
+    for _ in range(30):
+        tables = (scheduler.sequences, scheduler.memory.table, scheduler.memory.pool, scheduler.memory.host)
+        before, counted = [columns(table) for table in tables], replace(scheduler.counters)
+        first, second = scheduler.plan(), scheduler.plan()
         assert as_lists(first) == as_lists(second)
-        for table in ("sequences", "block_table", "pool"):
-            for name, value in vars(before[table]).items():
-                assert np.array_equal(value, vars(getattr(sim.scheduler, table))[name]) or value.dtype == object
-        assert len(before["waiting"]) == sim.scheduler.num_waiting
-        for field in fields(first):
-            value = getattr(first, field.name)
-            assert not (isinstance(value, np.ndarray) and value.flags.writeable), field.name
-        sim.step()
+        assert [columns(table) for table in tables] == before
+        assert scheduler.counters == counted
+        plan = scheduler.commit(second)
+        for value in (first, plan):
+            for field in fields(value):
+                column = getattr(value, field.name)
+                assert not (isinstance(column, np.ndarray) and column.flags.writeable), field.name
+        scheduler.digest(plan, np.full(len(plan.sampled_rows), OTHER, np.int32))
 
 
 def test_all_but_the_two_ends_of_a_decode_iteration_list_no_blocks(make_scheduler, make_request) -> None:
@@ -120,8 +144,8 @@ def test_all_but_the_two_ends_of_a_decode_iteration_list_no_blocks(make_schedule
     for name in "abcd":
         scheduler.add(make_request(name, 4, 40))
     opened = [len(step(scheduler)[0].block_ids) for _ in range(30)]
-    # Blocks of 16 tokens at position 0 (prefill), at 16 (step 13: 4 + 12 decoded) and at 32 (step 29).
-    assert opened == [4] + [0] * 12 + [4] + [0] * 15 + [4]
+    # Blocks of 16 tokens at position 0 (admitted rows bring their table), 16 (step 13: 4 + 12 decoded) and 32 (step 29).
+    assert opened == [0] * 13 + [4] + [0] * 15 + [4]
 
 
 @pytest.mark.parametrize(
@@ -147,7 +171,7 @@ def test_how_the_first_token_ends_a_request(
     scheduler.add(make_request("a", 3, **({"max_tokens": 5} | fields_)))
     _, events = step(scheduler, token)
     expected = [] if reason is None else [("a", reason, stop_reason)]
-    assert [(e.request.request_id, e.reason, e.stop_reason) for e in events.finished] == expected
+    assert [(e.sequence.request.request_id, e.reason, e.stop_reason) for e in events.finished] == expected
     assert events.finish_codes.tolist() == [0, {None: 0, "stop": 1, "length": 2}[reason]]
     assert scheduler.num_running == 2 - len(expected)
 
@@ -163,10 +187,9 @@ def test_a_failed_row_ends_alone(make_scheduler, make_request) -> None:
     scheduler = make_scheduler()
     for name in "ab":
         scheduler.add(make_request(name, 3, 10, stop_token_ids=(7,)))
-    plan = scheduler.plan()
-    scheduler.commit(plan)
+    plan = scheduler.commit(scheduler.plan())
     events = scheduler.digest(plan, np.array([7, OTHER], np.int32), np.array([True, False]))
-    assert [(e.index, e.request.request_id, e.reason, e.stop_reason) for e in events.finished] == [
+    assert [(e.index, e.sequence.request.request_id, e.reason, e.stop_reason) for e in events.finished] == [
         (0, "a", "error", None)
     ]
     assert scheduler.num_running == 1
@@ -178,12 +201,11 @@ def test_failures_are_matched_with_the_rows_that_are_left(make_scheduler, make_r
     scheduler = make_scheduler()
     for name in "abc":
         scheduler.add(make_request(name, 3, 10))
-    plan = scheduler.plan()
-    scheduler.commit(plan)
+    plan = scheduler.commit(scheduler.plan())
     scheduler.abort("a")
     events = scheduler.digest(plan, np.array([OTHER] * 3, np.int32), np.array(failed))
     assert events.live.tolist() == [False, True, True]
-    assert [e.request.request_id for e in events.finished] == [
+    assert [e.sequence.request.request_id for e in events.finished] == [
         n for n, f in zip("abc", failed, strict=True) if f and n > "a"
     ]
     scheduler.check_integrity()
@@ -193,22 +215,19 @@ def test_one_step_ahead_the_answer_for_an_ended_row_is_dropped(make_scheduler, m
     scheduler = make_scheduler(max_num_seqs=1)
     scheduler.add(make_request("a", 3, 10, stop_token_ids=(7,)))
     scheduler.add(make_request("b", 3, 10))
-    first = scheduler.plan()
-    scheduler.commit(first)
-    second = scheduler.plan()
-    scheduler.commit(second)
+    first = scheduler.commit(scheduler.plan())
+    second = scheduler.commit(scheduler.plan())
     assert second.decode_rows.tolist() == [0]
-    assert [e.request.request_id for e in scheduler.digest(first, np.array([7], np.int32)).finished] == ["a"]
-    third = scheduler.plan()
-    scheduler.commit(third)
-    assert third.admitted == (0,)  # the row is b's while a's last step still runs
+    assert [e.sequence.request.request_id for e in scheduler.digest(first, np.array([7], np.int32)).finished] == ["a"]
+    third = scheduler.commit(scheduler.plan())
+    assert [a.row for a in third.admitted] == [0]  # the row is b's while a's last step still runs
     events = scheduler.digest(second, np.array([OTHER], np.int32))
     assert events.live.tolist() == [False]
-    assert events.requests[0].request_id == "a"
+    assert events.sequences[0].request.request_id == "a"
     assert events.finished == ()
     events = scheduler.digest(third, np.array([OTHER], np.int32))
     assert events.live.tolist() == [True]
-    assert events.requests[0].request_id == "b"
+    assert events.sequences[0].request.request_id == "b"
     assert scheduler.sequences.token_ids[0, 3] == OTHER
     scheduler.check_integrity()
 
@@ -216,12 +235,12 @@ def test_one_step_ahead_the_answer_for_an_ended_row_is_dropped(make_scheduler, m
 def test_a_row_whose_last_token_is_in_flight_is_not_scheduled(make_scheduler, make_request) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 3, 2))
-    plans = [scheduler.plan()]
+    decisions = [scheduler.plan()]
     for _ in range(2):
-        scheduler.commit(plans[-1])
-        plans.append(scheduler.plan())
-    assert plans[1].decode_rows.tolist() == [0]
-    assert plans[2].is_empty
+        scheduler.commit(decisions[-1])
+        decisions.append(scheduler.plan())
+    assert decisions[1].decode_rows.tolist() == [0]
+    assert decisions[2].is_empty
 
 
 @pytest.mark.parametrize("state", ["waiting", "prefill", "decode", "in flight", "preempted", "ended", "unknown"])
@@ -239,7 +258,7 @@ def test_abort_in_every_state(echo, make_scheduler, make_request, state: str, de
         "decode": lambda: len(rows.decode_rows()) == 3,
         "in flight": lambda: len(rows.decode_rows()) == 3,
         "preempted": lambda: sim.scheduler.num_preemptions > 0,
-        "ended": lambda: sim.results["victim"].reason is not None,
+        "ended": lambda: sim.results["victim", 0].reason is not None,
         "unknown": lambda: True,
     }[state]
     for _ in range(40):
@@ -265,15 +284,15 @@ def test_after_a_lost_device_everybody_goes_on_in_the_same_order(
     echo, make_scheduler, make_request, depth: int
 ) -> None:
     sim = echo.Simulation(make_scheduler(num_blocks=33), depth)
-    names = [f"r{i}" for i in range(8)]
-    for name in names:
+    ordered = [f"r{i}" for i in range(8)]
+    for name in ordered:
         sim.add(make_request(name, 6, 20))
     for _ in range(6):
         sim.step()
     delivered = sim.num_delivered
     assert delivered > 0
     sim.lose_device()
-    assert [s.request.request_id for s in sim.scheduler.waiting] == names
+    assert names(sim.scheduler.waiting) == ordered
     assert sum(len(s.known_token_ids) - 6 for s in sim.scheduler.waiting) == delivered
     assert all(s.num_preemptions == 0 for s in sim.scheduler.waiting)
     sim.drain()
@@ -310,11 +329,11 @@ def test_a_full_queue_refuses(make_scheduler, make_request) -> None:
     scheduler = make_scheduler(num_blocks=65, max_num_queued_reqs=2)
     for i in range(4 + 2):  # four find a free row, two queue
         scheduler.add(make_request(f"r{i}", num_prompt=4))
-    with pytest.raises(QueueFullError, match=r"6 requests wait, the bound is 2.*max_num_queued_reqs"):
+    with pytest.raises(QueueFullError, match=r"6 sequences wait, the bound is 2.*max_num_queued_reqs"):
         scheduler.add(make_request("one more"))
     step(scheduler)
     assert (scheduler.num_running, scheduler.num_waiting) == (4, 2)
-    with pytest.raises(QueueFullError, match="2 requests wait, the bound is 2"):
+    with pytest.raises(QueueFullError, match="2 sequences wait, the bound is 2"):
         scheduler.add(make_request("one more"))
     scheduler.abort("r0")
     scheduler.add(make_request("one more"))
@@ -339,16 +358,16 @@ def test_limits_that_cannot_work_are_refused(changes: dict, message: str) -> Non
 def test_answers_are_digested_once_and_in_order(make_scheduler, make_request) -> None:
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 3, 10))
-    first = scheduler.plan()
-    with pytest.raises(AssertionError, match="was not committed"):
-        scheduler.digest(first, np.array([1], np.int32))
-    scheduler.commit(first)
+    decision = scheduler.plan()
+    first = scheduler.commit(decision)
     with pytest.raises(AssertionError, match="stale"):
-        scheduler.commit(first)
-    second = scheduler.plan()
-    scheduler.commit(second)
+        scheduler.commit(decision)
+    second = scheduler.commit(scheduler.plan())
     with pytest.raises(AssertionError, match="plan 1 digested before plan 0"):
         scheduler.digest(second, np.array([1], np.int32))
+    third = make_scheduler()
+    with pytest.raises(AssertionError, match="was not committed"):
+        third.digest(first, np.array([1], np.int32))
 
 
 def test_a_plan_made_before_an_abort_cannot_be_committed(make_scheduler, make_request) -> None:
@@ -357,36 +376,43 @@ def test_a_plan_made_before_an_abort_cannot_be_committed(make_scheduler, make_re
     step(scheduler)
     plan = scheduler.plan()
     scheduler.abort("a")
-    with pytest.raises(AssertionError, match="stale"):
+    with pytest.raises(AssertionError, match="moved on"):
         scheduler.commit(plan)
 
 
 @pytest.mark.parametrize(
     "corrupt",
     [
-        lambda s: s.pool.ref_count.__setitem__(s.block_table.ids[0, 0], 2),
-        lambda s: s.block_table.ids.__setitem__((1, 0), s.block_table.ids[0, 0]),
-        lambda s: s.block_table.num_blocks.__setitem__(0, 1),
+        lambda s: s.memory.pool.ref_count.__setitem__(s.memory.table.ids[0, 0], 2),
+        lambda s: s.memory.table.ids.__setitem__((1, 0), s.memory.table.ids[0, 0]),
+        lambda s: s.memory.table.num_blocks.__setitem__(0, 1),
         lambda s: s.sequences.num_computed.__setitem__(0, 1),
         lambda s: s.sequences.num_tokens.__setitem__(1, 64),
         lambda s: s.sequences.num_known.__setitem__(1, 2),
         lambda s: s.sequences.on_device.__setitem__(3, True),
         lambda s: s.sequences.active.__setitem__(0, False),
-        lambda s: s.sequences.arrival.__setitem__(0, s.sequences.arrival[1]),
+        lambda s: s.sequences.place.__setitem__(0, s.sequences.place[1]),
         lambda s: s.sequences.token_ids.__setitem__((0, 0), -5),
         lambda s: s.sequences.stop_ids.__setitem__((0, 0), 3),
         lambda s: s.sequences.sequences[0].__setattr__("row", 1),
-        lambda s: s.sequences.num_preemptions.__setitem__(0, 1),
+        lambda s: s.sequences.num_reserved.__setitem__(0, 99),
         lambda s: s.sequences.max_total_len.__setitem__(0, 40),
         lambda s: s.sequences.min_stop_len.__setitem__(0, 40),
-        lambda s: s._sequence_of_id.pop("r0"),
+        lambda s: s._requests.pop("r0"),
         lambda s: s.waiting._sequences.reverse(),
         lambda s: s.waiting._sequences[0].request.__setattr__("arrival", 0),
         lambda s: s.waiting._sequences[0].__setattr__("num_preemptions", 9),
+        lambda s: s.waiting._sequences[0].__setattr__("swapped", np.array([0])),
+        lambda s: s.sequences.sequences[0].__setattr__("swapped", np.array([0])),
+        lambda s: s.memory.host.ref_count.__setitem__(1, 1),
+        lambda s: s.memory.pool.is_kept.__setitem__(s.memory.table.ids[0, 0], False),
+        lambda s: s.memory.pool.is_kept.__setitem__(s.memory.table.ids[0, 1], True),
+        lambda s: s.memory.index.forget(s.memory.table.ids[0, :1]),
+        lambda s: s.memory.table.set_row(3, s.memory.table.ids[0, :1]),
     ],
 )
 def test_integrity_sees_a_planted_fault(make_scheduler, make_request, corrupt) -> None:
-    scheduler = make_scheduler(num_blocks=9, max_num_seqs=4)
+    scheduler = make_scheduler(num_blocks=9, max_num_seqs=4, num_swap_blocks=8)
     for i in range(5):
         scheduler.add(make_request(f"r{i}", 6, 20))
     step(scheduler)

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
-from jaxserve.scheduler.policy import SchedulerLimits
+from jaxserve.scheduler.policy import MemoryCosts, SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequences import Request
 
@@ -16,7 +16,7 @@ EOS = 7
 
 
 def random_limits(rng: np.random.Generator) -> SchedulerLimits:
-    """Small limits, with pools from one longest request's worth up."""
+    """Small limits, with pools from one longest request's worth up; with and without cache and host memory."""
     block_size = int(rng.choice([1, 2, 4, 8]))
     num_rows, max_len = int(rng.integers(1, 9)), int(rng.integers(8, 65))
     longest = -(-max_len // block_size)
@@ -28,18 +28,34 @@ def random_limits(rng: np.random.Generator) -> SchedulerLimits:
         max_model_len=max_len,
         max_num_batched_tokens=num_rows + int(rng.integers(0, 40)),
         eos_token_ids=(EOS,),
+        num_swap_blocks=int(rng.choice([0, longest, 10 * longest])),
+        enable_prefix_caching=bool(rng.random() < 0.8),
+        costs=MemoryCosts(swap_block_s=float(rng.choice([1e-6, 2e-5, 1e-3]))),
     )
 
 
 def random_request(rng: np.random.Generator, name: str, max_len: int) -> Request:
+    """Prompts begin alike in most cases: they are cut from four texts."""
     num_prompt = int(rng.integers(1, max_len))
     total = int(rng.integers(num_prompt + 1, max_len + 1))
     stops = rng.integers(0, 1000, int(rng.choice([0, 0, 1, 30]))).tolist()
-    prompt = rng.integers(0, 1000, num_prompt, dtype=np.int32)
-    return Request(name, prompt, total, (EOS, *stops), min_tokens=int(rng.integers(0, total - num_prompt + 1)))
+    prompt = np.random.default_rng(int(rng.integers(0, 4))).integers(0, 1000, num_prompt, dtype=np.int32)
+    if rng.random() < 0.5:
+        changed = int(rng.integers(0, num_prompt))
+        prompt[changed:] = rng.integers(0, 1000, num_prompt - changed)
+    return Request(
+        name,
+        prompt,
+        total,
+        (EOS, *stops),
+        min_tokens=int(rng.integers(0, total - num_prompt + 1)),
+        num_sequences=int(rng.choice([1, 1, 1, 2, 5])),
+        cache_salt=bytes(rng.choice([b"", b"", b"a", b"b"])),
+        reads_cache=bool(rng.random() < 0.9),
+    )
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(200))
 def test_random_history(echo, seed: int) -> None:
     rng = np.random.default_rng(seed)
     limits = random_limits(rng)
@@ -54,9 +70,11 @@ def test_random_history(echo, seed: int) -> None:
         elif dice < add_share + 0.08:
             sim.depth = int(rng.integers(0, 3))
         elif dice < add_share + 0.1 and sim.undigested:
-            sim.digest(failed=rng.random(len(sim.undigested[0][1])) < 0.3)
+            sim.digest(failed=rng.random(len(sim.undigested[0].tokens)) < 0.3)
         elif dice < add_share + 0.11:
             sim.lose_device()
+        elif dice < add_share + 0.12:
+            sim.reset_cache()
         else:
             sim.step()
     sim.drain()
@@ -121,7 +139,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sim is not None and self.sim.undigested)
     @rule(data=st.data(), fails=st.booleans())
     def digest(self, data, fails):
-        count = len(self.sim.undigested[0][1])
+        count = len(self.sim.undigested[0].tokens)
         failed = np.array([fails and data.draw(st.booleans()) for _ in range(count)], bool)
         self.sim.digest(failed if fails else None)
 
@@ -156,7 +174,7 @@ def test_thousands_of_steps_without_a_leak(echo) -> None:
         eos_token_ids=(EOS,),
     )
     rng, sim = np.random.default_rng(5), None
-    sim = echo.Simulation(Scheduler(limits), depth=1, check=False)
+    sim = echo.Simulation(Scheduler(limits), depth=1, deep_every=0)
     num_steps = 0
     while num_steps < 5000:
         while sim.scheduler.num_waiting < 4:

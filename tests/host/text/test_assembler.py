@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import ParameterError
-from jaxserve.text.assembler import TextAssembler, TextDelta
+from jaxserve.text.assembler import Continuations, TextAssembler, TextDelta
 from jaxserve.text.bad_words import resolve_bad_words
-from jaxserve.types import Delta, SamplingParams, TokenLogprobs
+from jaxserve.types import BeamSearchParams, Delta, SamplingParams, TokenLogprobs
 
 
 def ids_of(tokenizer, text: str) -> list[int]:
@@ -153,3 +153,57 @@ def test_bad_words_are_bounded(byte_level):
     assert caught.value.code == "array_above_max_length"
     with pytest.raises(ParameterError, match="maximum length 64"):
         resolve_bad_words(byte_level, ["x"] * 65)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text("ab<", min_size=1, max_size=12), min_size=1, max_size=4),
+    stop=st.lists(st.text("ab<", min_size=1, max_size=3), max_size=2),
+    data=st.data(),
+)
+def test_continuations_are_each_what_an_assembler_of_its_own_makes(byte_level, texts, stop, data):
+    """In whatever order and sizes their deltas come."""
+    params = SamplingParams(n=len(texts), stop=stop, max_tokens=100)
+    together = Continuations(byte_level, params)
+    got: dict[int, list] = {index: [] for index in range(len(texts))}
+    left = {index: chars(byte_level, text) for index, text in enumerate(texts)}
+    while not together.finished:
+        index = data.draw(st.sampled_from(sorted(left)))
+        size = data.draw(st.integers(1, 4))
+        ids, left[index] = left[index][:size], left[index][size:]
+        reason = None if left[index] else "length"
+        parts = together.push(Delta(tuple(ids), finish_reason=reason, index=index))
+        assert all(part.index == index and len(part.gain.token_ids) <= 1 for part in parts)
+        assert [part.cut for part in parts[:-1]] == [False] * len(parts[:-1])
+        got[index] += [part.gain for part in parts]
+        if reason or (parts and parts[-1].cut):
+            del left[index]
+    for index, text in enumerate(texts):
+        alone = run(TextAssembler(byte_level, params), chars(byte_level, text))
+        assert text_of(got[index]) == text_of(alone)
+        assert sum(len(gain.token_ids) for gain in got[index]) == sum(len(gain.token_ids) for gain in alone)
+        assert got[index][-1].finish_reason == alone[-1].finish_reason
+        assert got[index][-1].stop_reason == alone[-1].stop_reason
+
+
+@pytest.mark.parametrize("reason", ["abort", "error"])
+def test_an_abort_or_error_of_one_continuation_ends_those_that_are_open(byte_level, reason):
+    together = Continuations(byte_level, SamplingParams(n=3, max_tokens=9))
+    (letter,) = chars(byte_level, "a")
+    together.push(Delta((letter,), finish_reason="stop", index=1))
+    parts = together.push(Delta((letter,), finish_reason=reason, index=2))
+    assert [(part.index, part.gain.finish_reason, part.cut) for part in parts] == [
+        (2, reason, False),
+        (0, reason, False),
+    ]
+    assert parts[0].gain.text == "a"
+    assert together.finished
+    assert together.push(Delta((letter,), index=0)) == []
+
+
+def test_a_hypothesis_comes_whole_and_is_taken_token_by_token(byte_level):
+    together = Continuations(byte_level, BeamSearchParams(beam_width=2, max_tokens=9))
+    parts = together.push(Delta(tuple(chars(byte_level, "abc")), finish_reason="length", index=1))
+    assert [part.gain.text for part in parts] == ["a", "b", "c"]
+    assert [part.gain.finish_reason for part in parts] == [None, None, "length"]
+    assert not together.finished

@@ -7,6 +7,7 @@ import json
 import re
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import httpx
@@ -19,7 +20,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.text.chat import ChatTemplate
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.text.tokenizer_files import TokenizerFiles
-from jaxserve.types import Delta, EngineStats, SamplingParams, TokenLogprobs
+from jaxserve.types import BeamSearchParams, Delta, EngineStats, SamplingParams, TokenLogprobs
 from jaxserve_server.app import AppSettings, build_app
 from jaxserve_server.routes import api_routes
 from jaxserve_server.serving import Serving
@@ -84,58 +85,94 @@ def model_config(tokenizer: Tokenizer) -> ModelConfig:
     )
 
 
-def scored(token_id: int, count: int) -> TokenLogprobs:
-    """Made-up logprobs: the token itself is the likeliest, then its neighbours, each half as likely."""
-    neighbours = [(max(0, token_id - i), -0.1 - 0.7 * i) for i in range(count)]
-    return TokenLogprobs(token_id, -0.1, 1, tuple(neighbours))
+def scored(token_id: int, count: int, index: int = 0) -> TokenLogprobs:
+    """Made-up logprobs: the token itself is the likeliest, then its neighbours, each half as likely.
+
+    Continuations are the likelier the later they are: -0.1 for the first, -0.1 / 2 for the second …
+    """
+    own = -0.1 / (index + 1)
+    neighbours = [(max(0, token_id - i), own - 0.7 * i) for i in range(count)]
+    return TokenLogprobs(token_id, own, 1, tuple(neighbours))
 
 
 class ScriptedEngine:
     """Says `reply` to everything, one token a delta, or plays `script`: deltas, exceptions to raise, events to await.
 
+    Continuations take turns; the one of index i begins i tokens into the reply, so that few are alike. A beam
+    search gives all its hypotheses at the end, each as one delta. A continuation that was aborted by its index
+    says no more but its end.
+
     Attributes:
         calls: (prompt, params, request id) of each request.
+        salts: the cache_salt of each request.
         yielded: the id of each delta that was given.
         aborted: ids whose iterator was closed before its last delta.
-        told: (id, reason) of each call of `abort`.
+        told: (id, reason, index) of each call of `abort`.
+        resets: calls of `reset_prefix_cache`.
     """
 
     def __init__(self, tokenizer: Tokenizer, reply: str = "hello world", script: Sequence[Any] | None = None):
         self.tokenizer = tokenizer
         self.reply = reply
         self.script = script
-        self.calls: list[tuple[tuple[int, ...], SamplingParams, str | None]] = []
+        self.calls: list[tuple[tuple[int, ...], SamplingParams | BeamSearchParams, str | None]] = []
+        self.salts: list[str | None] = []
         self.yielded: list[str | None] = []
         self.aborted: list[str | None] = []
-        self.told: list[tuple[str, str]] = []
+        self.told: list[tuple[str, str, int | None]] = []
+        self.resets = 0
         self.is_ready = True
         self.pace: Callable[[], Any] = lambda: asyncio.sleep(0)
 
-    def play(self, token_ids: Sequence[int], params: SamplingParams) -> list[Any]:
-        """The deltas of `reply` under `params`: cut at max_tokens, with the logprobs that were asked."""
+    def play(self, token_ids: Sequence[int], params: SamplingParams | BeamSearchParams) -> list[Any]:
+        """The deltas of `reply` under `params`."""
+        if isinstance(params, BeamSearchParams):
+            return [self._hypothesis(token_ids, params, i) for i in range(params.beam_width)]
+        each = [self._continuation(token_ids, params, i) for i in range(params.num_sequences)]
+        return [delta for turn in zip_longest(*each) for delta in turn if delta is not None]
+
+    def _reply(self, token_ids: Sequence[int], max_tokens: int | None, index: int) -> tuple[list[int], str]:
         ids = [*self.tokenizer.encode(self.reply, False), *self.tokenizer.encode("<|im_end|>", False)]
-        limit = min(params.max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(token_ids))
-        kept = ids[:limit]
-        reason = "stop" if kept == ids else "length"
+        ids = ids[index % len(ids) :]
+        kept = ids[: min(max_tokens or MAX_MODEL_LEN, MAX_MODEL_LEN - len(token_ids))]
+        return kept, "stop" if kept == ids else "length"
+
+    def _continuation(self, token_ids: Sequence[int], params: SamplingParams, index: int) -> list[Delta]:
+        """Cut at max_tokens, with the logprobs that were asked; with the first delta what the prompt has."""
+        kept, reason = self._reply(token_ids, params.max_tokens, index)
         prompt = None
-        if params.prompt_logprobs is not None:
+        if params.prompt_logprobs is not None and index == 0:
             prompt = (None, *(scored(i, params.prompt_logprobs) for i in token_ids[1:]))
         return [
             Delta(
                 token_ids=(token_id,),
-                logprobs=None if params.logprobs is None else (scored(token_id, params.logprobs),),
+                logprobs=None if params.logprobs is None else (scored(token_id, params.logprobs, index),),
                 prompt_logprobs=prompt if n == 0 else None,
                 finish_reason=reason if n == len(kept) - 1 else None,
-                num_cached_tokens=3 if n == 0 else 0,
+                num_cached_tokens=3 if n == index == 0 else 0,
+                index=index,
             )
             for n, token_id in enumerate(kept)
         ]
 
+    def _hypothesis(self, token_ids: Sequence[int], params: BeamSearchParams, index: int) -> Delta:
+        kept, reason = self._reply(token_ids, params.max_tokens, index)
+        total = -0.5 - index
+        cached = 3 if index == 0 else 0
+        score = total / len(kept) ** params.length_penalty
+        return Delta(tuple(kept), None, None, reason, None, cached, None, index, total, score)
+
     async def generate(
-        self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams | BeamSearchParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
         self.calls.append((tuple(token_ids), params, request_id))
-        finished = False
+        self.salts.append(cache_salt)
+        num_open = params.num_sequences
         try:
             for item in self.play(token_ids, params) if self.script is None else self.script:
                 if isinstance(item, Exception):
@@ -143,16 +180,23 @@ class ScriptedEngine:
                 if isinstance(item, asyncio.Event):
                     await item.wait()
                     continue
+                if any(told == request_id and index == item.index for told, _, index in self.told):
+                    continue
                 await self.pace()
                 self.yielded.append(request_id)
-                finished = item.finish_reason is not None
+                if item.finish_reason is not None:
+                    num_open = 0 if item.finish_reason in ("abort", "error") else num_open - 1
                 yield item
         finally:
-            if not finished:
+            if num_open:
                 self.aborted.append(request_id)
 
-    def abort(self, request_id: str, reason: str = "abort") -> None:
-        self.told.append((request_id, reason))
+    def abort(self, request_id: str, reason: str = "abort", index: int | None = None) -> None:
+        self.told.append((request_id, reason, index))
+
+    async def reset_prefix_cache(self) -> int:
+        self.resets += 1
+        return 5
 
     def stats(self) -> EngineStats:
         return EngineStats(0, 0, 8, 8, 0, 0, 0, 0.0)

@@ -101,6 +101,21 @@ def test_every_prompt_of_a_request_is_aborted(make_server: Any, listen: Any, str
     assert set(server.engine.aborted) == {request_id for *_, request_id in server.engine.calls}
 
 
+@pytest.mark.parametrize("fields", [{"n": 3}, {"n": 2, "use_beam_search": True}, {"best_of": 3}])
+@pytest.mark.parametrize("stream", [True, False])
+def test_all_choices_of_a_request_are_aborted_as_one(
+    make_server: Any, listen: Any, stream: bool, fields: dict[str, Any]
+):
+    stream = stream and "best_of" not in fields
+    server = make_server(script=[Delta((1,)), Delta((1,), index=1), asyncio.Event()])
+    sock = send(listen(server.app), COMPLETIONS, {"prompt": "a", "stream": stream, **fields})
+    wait_until(lambda: len(server.engine.yielded) == 2)
+    assert not server.engine.aborted
+    sock.close()
+    wait_until(lambda: len(server.engine.aborted) == 1)
+    assert server.engine.told == []  # the iterator was closed, which ends all continuations
+
+
 def test_one_that_leaves_disturbs_no_other(make_server: Any, listen: Any, tokenizer: Any):
     server = make_server(reply="abcdefgh")
     server.engine.pace = clock = Clocked()

@@ -64,6 +64,44 @@ def test_streams(server: Any, connect: Any):
     assert last.usage.completion_tokens == 4
 
 
+def test_three_choices_whole_and_streamed(server: Any, connect: Any):
+    client = connect(server)
+    whole = client.chat.completions.create(model="tiny", messages=MESSAGES, n=3, seed=1)
+    assert [choice.message.content for choice in whole.choices] == ["hello world", " world", "ld"]
+    stream = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, n=3, seed=1, stream=True, stream_options={"include_usage": True}
+    )
+    pieces, roles, reasons = {0: "", 1: "", 2: ""}, [], {}
+    for chunk in stream:
+        for choice in chunk.choices:
+            pieces[choice.index] += choice.delta.content or ""
+            roles += [choice.index] if choice.delta.role else []
+            reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+        usage = chunk.usage
+    assert [pieces[choice.index] for choice in whole.choices] == [choice.message.content for choice in whole.choices]
+    assert roles == [0, 1, 2]
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert usage == whole.usage
+    with client.chat.completions.stream(model="tiny", messages=MESSAGES, n=3) as helper:
+        final = helper.get_final_completion()
+    assert [choice.message.content for choice in final.choices] == ["hello world", " world", "ld"]
+
+
+def test_best_of_and_beams(server: Any, connect: Any):
+    client = connect(server)
+    best = client.completions.create(model="tiny", prompt="hi", n=1, best_of=3)
+    assert [choice.text for choice in best.choices] == ["ld"]
+    assert best.usage.completion_tokens == 9
+    beams = client.completions.create(
+        model="tiny", prompt="hi", n=2, temperature=0, extra_body={"use_beam_search": True, "cache_salt": "s"}
+    )
+    assert [choice.text for choice in beams.choices] == ["hello world", " world"]
+    assert server.engine.salts == [None, "s"]
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.completions.create(model="tiny", prompt="hi", n=2, best_of=3, stream=True)
+    assert bad.value.param == "best_of"
+
+
 def test_the_clients_own_helpers(server: Any, connect: Any):
     client = connect(server)
     with client.chat.completions.stream(model="tiny", messages=MESSAGES) as stream:

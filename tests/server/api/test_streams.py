@@ -277,4 +277,4 @@ def test_a_stop_string_ends_the_engines_request(make_server: Any, stream: bool):
     assert len(server.engine.yielded) == 4
     (_, _, request_id) = server.engine.calls[0]
     assert server.engine.aborted == [request_id]
-    assert server.engine.told == [(request_id, "stop")]  # or its metrics would count a client that left
+    assert server.engine.told == [(request_id, "stop", 0)]  # or its metrics would count a client that left

@@ -49,7 +49,12 @@ class CountingEngine:
         self._shutdown_s = shutdown_s
 
     async def generate(
-        self, token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None
+        self,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[Delta]:
         self.num_open += 1
         ended = False
@@ -62,8 +67,11 @@ class CountingEngine:
             self.num_open -= 1
             self.num_aborted += not ended
 
-    def abort(self, request_id: str, reason: str = "abort") -> None:
+    def abort(self, request_id: str, reason: str = "abort", index: int | None = None) -> None:
         raise NotImplementedError
+
+    async def reset_prefix_cache(self) -> int:
+        return 0
 
     def stats(self) -> EngineStats:
         idle = dict.fromkeys(EngineStats.__dataclass_fields__, 0) | {"num_blocks": 8, "num_free_blocks": 8}

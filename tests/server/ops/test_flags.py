@@ -50,6 +50,7 @@ def test_all_flags_of_the_issue_reach_their_place():
         *("--revision", "main", "--generation-config", "vllm", "--shutdown-timeout", "1.5"),
         *("--uvicorn-log-level", "warning", "--disable-log-requests", "--root-path", "/api", "--no-async-scheduling"),
         *("--allowed-hosts", "a.example", "--compilation-cache-dir", "none", "--disable-log-stats"),
+        *("--no-enable-prefix-caching", "--swap-space", "0.5"),
     )
     assert found.engine == EngineConfig(
         max_model_len=4000,
@@ -65,6 +66,8 @@ def test_all_flags_of_the_issue_reach_their_place():
         seed=-3,
         async_scheduling=False,
         compilation_cache_dir=None,
+        enable_prefix_caching=False,
+        swap_space=0.5,
     )
     assert (found.model, found.api_key, found.served_model_name) == ("some/folder", ("one", "two"), ("a", "b"))
     assert (found.dtype, found.generation_config, found.shutdown_timeout) == ("float16", "vllm", 1.5)
@@ -151,7 +154,15 @@ def test_a_bad_file_is_a_usage_error(capsys, tmp_path, content, said):
     ("argv", "said"),
     [
         (("--enable-lora",), "not supported: --enable-lora: LoRA"),
-        (("--enable_prefix_caching",), "not supported: --enable-prefix-caching: prefix caching"),
+        (
+            ("--prefix_caching_hash_algo", "sha256"),
+            "not supported: --prefix-caching-hash-algo: the prefix cache compares",
+        ),
+        (("--preemption-mode", "swap"), "chosen by measured cost; see --swap-space"),
+        (("--swap-space", "-1"), "expected a number of GiB from 0"),
+        (("--swap-space", "4GiB"), "such as 4 or 0.5, got '4GiB'"),
+        (("--swap-space", "nan"), "GiB"),
+        (("--cpu-offload-gb", "4"), "not supported: --cpu-offload-gb"),
         (("demo", "--quantization", "fp8"), "not supported: --quantization: quantised"),
         (("--speculative-config={}",), "not supported: --speculative-config: speculative"),
         (("--trust-remote-code",), "is never run"),
@@ -183,12 +194,19 @@ def test_refusals_say_why(capsys, argv, said):
         ("-tp", "1"),
         ("--tensor_parallel_size", "1"),
         ("--enable-chunked-prefill",),
-        ("--no-enable-prefix-caching",),
+        ("--no-enable-log-requests",),
         ("--load-format", "safetensors"),
     ],
 )
 def test_flags_that_ask_for_what_is_done_anyway_are_taken(argv):
     assert options(*argv).model == "demo"
+
+
+def test_memory_for_reuse_is_on_unless_it_is_turned_off():
+    found = options("--enable-prefix-caching").engine
+    assert (found, found.enable_prefix_caching, found.swap_space) == (EngineConfig(), True, 4.0)
+    off = options("--no_enable_prefix_caching", "--swap_space=0").engine
+    assert (off.enable_prefix_caching, off.swap_space) == (False, 0.0)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.7", "example.org"])

@@ -243,6 +243,11 @@ def test_23_a_good_key_is_taken(server, value):
     assert status(once(server, "GET", "/v1/state", value)) == 200
 
 
+def test_the_prefix_cache_is_reset_with_a_key_only(server):
+    assert status(once(server, "POST", "/reset_prefix_cache", b"Content-Length: 0")) == 401
+    assert status(once(server, "POST", "/reset_prefix_cache", b"Content-Length: 0", AUTH)) == 200
+
+
 def test_keys_are_nowhere_in_the_log(server):
     assert KEY not in server.log
     assert "second" not in server.log

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from jaxserve.metrics import ITL_BUCKETS_S, TTFT_BUCKETS_S, EngineMetrics, Histogram, token_buckets
+from jaxserve.metrics import ITL_BUCKETS_S, TTFT_BUCKETS_S, EngineMetrics, Histogram, SwapTotals, token_buckets
 from jaxserve.types import EngineStats
 from jaxserve_server.metrics_export import MetricsPage
 
@@ -35,6 +35,9 @@ STATS = EngineStats(
     num_steps=5,
     num_compilations_after_ready=0,
     last_commit_age_s=0.25,
+    num_cached_blocks=2,
+    num_swapped_blocks=3,
+    num_swap_blocks=12,
 )
 
 
@@ -128,6 +131,9 @@ def test_a_step_and_a_request_reach_the_page():
         decode_s=0.016,
         e2e_s=0.066,
     )
+    metrics.preemptions_by_means["swap"] += 2
+    metrics.swapped_out = SwapTotals(blocks=6, bytes=6144, seconds=0.5)
+    metrics.swapped_in.blocks += 4
     metrics.on_rejected("queue_full")
     metrics.on_prefix_lookup(100, 32)
     metrics.on_compiled("step[32]", 1.5)
@@ -143,6 +149,14 @@ def test_a_step_and_a_request_reach_the_page():
         ("vllm:prefix_cache_queries_total", none): 100,
         ("vllm:gpu_prefix_cache_hits_total", none): 32,
         ("vllm:num_preemptions_total", none): 7,
+        ("vllm:cpu_cache_usage_perc", none): 0.25,
+        ("jaxserve:prefix_cached_blocks", none): 2,
+        ("jaxserve:preemptions_total", frozenset({("means", "swap")})): 2,
+        ("jaxserve:preemptions_total", frozenset({("means", "recompute")})): 0,
+        ("jaxserve:swapped_blocks_total", frozenset({("direction", "out")})): 6,
+        ("jaxserve:swapped_blocks_total", frozenset({("direction", "in")})): 4,
+        ("jaxserve:swapped_bytes_total", frozenset({("direction", "out")})): 6144,
+        ("jaxserve:swapped_seconds_total", frozenset({("direction", "out")})): 0.5,
         ("vllm:request_success_total", frozenset({("finished_reason", "length")})): 1,
         ("vllm:request_success_total", frozenset({("finished_reason", "abort")})): 0,
         ("vllm:admission_rejections_total", frozenset({("reason", "queue_full")})): 1,
@@ -162,6 +176,28 @@ def test_a_step_and_a_request_reach_the_page():
     }
     for key, value in expected.items():
         assert found[key] == pytest.approx(value), key
+
+
+def test_a_request_of_several_continuations_counts_once_with_all_its_tokens_and_its_longest():
+    metrics = EngineMetrics(max_model_len=64)
+    metrics.on_finished(
+        reason="stop",
+        num_prompt_tokens=9,
+        num_generation_tokens=30,
+        num_longest_tokens=20,
+        max_tokens=20,
+        n=3,
+        queue_s=0.0,
+        prefill_s=0.1,
+        decode_s=0.2,
+        e2e_s=0.3,
+    )
+    found = samples(page(metrics))
+    none: frozenset[tuple[str, str]] = frozenset()
+    assert found["vllm:request_success_total", frozenset({("finished_reason", "stop")})] == 1
+    assert found["vllm:request_generation_tokens_sum", none] == 30
+    assert found["vllm:request_max_num_generation_tokens_sum", none] == 20
+    assert found["vllm:request_params_n_sum", none] == 3
 
 
 def test_a_request_that_never_ran_counts_once_and_has_no_phases():

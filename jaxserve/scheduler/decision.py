@@ -1,0 +1,112 @@
+"""`Decision`: what the planner wants of the next step, as a frozen value, before it has any effect.
+
+It names sequences, rows and counts. Which blocks a row gets follows when `Scheduler.commit` carries it out: to
+foretell them would take a second copy of the pool's order of eviction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from jaxserve.scheduler.sequences import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Victim:
+    """A row that gives way.
+
+    Attributes:
+        row: the row.
+        swaps: its blocks go to host memory; otherwise what the cache does not keep is computed again.
+        host_full: swapping would have been cheaper, but host memory is full.
+    """
+
+    row: int
+    swaps: bool
+    host_full: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """A waiting sequence that gets a row.
+
+    Attributes:
+        sequence: who.
+        row: which.
+        shared: int32[h] blocks that exist and that it will share: a cached prefix, all blocks of the sibling that it
+            forks from, or what is left on the device of its own.
+        num_stored: its first tokens whose KV it need not compute.
+        num_taken: free blocks that it takes before its first chunk: cached ones that it shares, and those that
+            it restores from host memory.
+        fork_of: row of the sibling that it forks from, or -1.
+        num_reserved: if it will be protected, the blocks that are reserved for it; -1 if it will not be.
+    """
+
+    sequence: Sequence
+    row: int
+    shared: np.ndarray
+    num_stored: int
+    num_taken: int
+    fork_of: int = -1
+    num_reserved: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Known tokens of a row that are fed.
+
+    Attributes:
+        row, start, length: which tokens.
+        samples: a token is sampled after the last of them.
+        stored: it is one token, whose KV is in the cache.
+        num_blocks, num_new_blocks: columns of the row's table in use before, and those that the chunk adds.
+    """
+
+    row: int
+    start: int
+    length: int
+    samples: bool
+    stored: bool
+    num_blocks: int
+    num_new_blocks: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Decision:
+    """The next step.
+
+    Attributes:
+        step: counts from 0.
+        rows: intp[D + chunks] rows that have a token in the step, those that are yet to be given out included.
+        decode_rows, decode_positions: [D] rows that feed the token they sampled last, and its position.
+        opens_block: bool[D] whose token is the first of a block.
+        copy_rows: [X] of the decode rows, those whose token goes to a block that others hold too.
+        chunks: in order of service.
+        entries: in order of admission.
+        beam_groups: rows of each beam search whose beams start, in order of the beams.
+        victims: rows that give way, in order.
+        generations: [D + chunks] generation of each of `rows`.
+    """
+
+    step: int
+    rows: np.ndarray
+    decode_rows: np.ndarray
+    decode_positions: np.ndarray
+    opens_block: np.ndarray
+    copy_rows: np.ndarray
+    chunks: tuple[Chunk, ...]
+    entries: tuple[Entry, ...]
+    beam_groups: tuple[tuple[int, ...], ...]
+    victims: tuple[Victim, ...]
+    generations: np.ndarray
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is to be done: all running sequences await their last answer, or there are none."""
+        return not (len(self.decode_rows) or self.chunks or self.victims)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.decode_rows) + sum(chunk.length for chunk in self.chunks)
