@@ -168,18 +168,19 @@ class SamplingParams:
 class BeamSearchParams:
     """How a beam search goes, and when it ends. The semantics are those of Hugging Face's `generate`.
 
-    In each step the likeliest (1 + number of stop ids) * beam_width continuations of all beams together are
-    ranked by the sum of their logprobs. Those among the first beam_width that end in a stop token become
-    hypotheses; the likeliest beam_width that do not go on. A hypothesis' score is the sum of its logprobs
-    over the power `length_penalty` of its number of output tokens, the stop token included; the beam_width
-    best hypotheses are kept. Logprobs are of the raw logits, temperature 1.
+    In each step the continuations of all beams together are ranked by the sum of their logprobs. Those among the
+    first beam_width that end in a stop token become hypotheses; the likeliest beam_width that do not go on. A
+    hypothesis' score is the sum of its logprobs over the power `length_penalty` of its number of output tokens, the
+    stop token included; the beam_width best hypotheses are kept. Logprobs are of the raw logits, temperature 1.
 
     Attributes:
-        beam_width: 1 to 16; also how many sequences are returned.
-        max_tokens: beams that reach it become hypotheses as they are.
+        beam_width: 1 to 16; also how many sequences are returned. 1 is a search over one beam; Hugging Face takes
+            it for greedy decoding.
+        max_tokens: in the step that reaches it, the likeliest beam_width continuations become hypotheses as they are.
         length_penalty: above 0 favours long sequences, below 0 short ones; in [-10, 10].
-        early_stopping: True ends the search with the beam_width-th hypothesis; False when no beam can become
-            better than the worst hypothesis at its present length; "never" only when none can at any length.
+        early_stopping: True ends the search with the beam_width-th hypothesis. False ends it once there are so many
+            and the likeliest beam, scored at its present length, is no better than the worst of them. "never" scores
+            it at the greatest length where length_penalty is above 0: it ends only when no beam can become better.
         ignore_eos: the model's end-of-sequence ids do not end a beam.
         stop_token_ids: tokens that end it, besides those.
         include_stop_str_in_output, skip_special_tokens, detokenize: how text is made of the tokens.

@@ -11,7 +11,6 @@ Source: the chained block hashes of vLLM's prefix cache, and RadixAttention (arX
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections import defaultdict
 
@@ -39,7 +38,7 @@ class PrefixIndex:
         self._block_of_key: dict[bytes, int] = {}
         self._key_of_block: list[bytes | None] = [None] * num_blocks
         self._prefix_of_block: list[bytes] = [b""] * num_blocks  # its node: what its children's keys begin with
-        self._nodes = itertools.count(1)
+        self._num_nodes = 0  # given so far
 
     def __len__(self) -> int:
         return len(self._block_of_key)
@@ -103,7 +102,8 @@ class PrefixIndex:
         assert self._key_of_block[block] is None, f"block {block} has another content in the index"
         self._block_of_key[key] = block
         self._key_of_block[block] = key
-        self._prefix_of_block[block] = _NODE.pack(next(self._nodes))
+        self._num_nodes += 1
+        self._prefix_of_block[block] = _NODE.pack(self._num_nodes)
 
     def forget(self, blocks: np.ndarray) -> None:
         """Takes blocks out that are in it. Their children must have been, or be among them."""

@@ -34,6 +34,7 @@ from jaxserve.types import BeamSearchParams, Delta, EngineStats, FinishReason, S
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # of the device; then the engine is declared dead
+MAX_FRUITLESS_FAILURES = 20  # the same where steps go well in between, but none gives anybody a token
 
 
 @dataclass(slots=True)
@@ -86,7 +87,7 @@ class EngineCore:
         self._generations: dict[str, Generation] = {}
         self._committed: StepPlan | None = None  # and not dispatched
         self._pending: _Pending | None = None
-        self._num_steps = self._num_failures = 0
+        self._num_steps = self._num_failures = self._num_fruitless = 0
         self._busy_since = self._last_answer_s = time.monotonic()
         self._compilations = compile_counter()
         self._compilations_at_ready = self._compilations.count
@@ -230,6 +231,8 @@ class EngineCore:
             self._recover(error)
             return []
         self._num_failures = 0
+        if deltas:
+            self._num_fruitless = 0
         return deltas
 
     def _step(self) -> list[tuple[Any, Delta]]:
@@ -322,10 +325,13 @@ class EngineCore:
         But for those in host memory whose blocks had arrived there.
         """
         self._num_failures += 1
+        self._num_fruitless += 1
         logger.exception("step failed (%d in a row); rebuilding the KV cache", self._num_failures, exc_info=error)
         self._pending = None
         if self._num_failures >= MAX_FAILURES_IN_A_ROW:
             raise EngineDeadError(f"The device failed {self._num_failures} steps in a row.") from error
+        if self._num_fruitless >= MAX_FRUITLESS_FAILURES:
+            raise EngineDeadError(f"The device failed {self._num_fruitless} steps without a token between.") from error
         lost = self.runner.store.lose_pending()
         if self._committed is not None:
             lost, self._committed = np.concatenate([lost, self._committed.swap_out_slots]), None

@@ -63,6 +63,8 @@ def _check_writable(sequences: SequenceTable, memory: KVMemory) -> None:
 def _check_published(sequences: SequenceTable, memory: KVMemory, row: int) -> None:
     """What the cache says of the row's published blocks is what they hold (I5)."""
     num_published = int(sequences.num_published[row])
+    num_full = int(sequences.num_computed[row]) // memory.block_size
+    assert num_published <= num_full, f"row {row} counts {num_published} cached blocks of {num_full} full ones"
     blocks = memory.table.row(row)[:num_published]
     kept = memory.pool.is_kept[blocks]
     num_kept = int(np.count_nonzero(kept))  # fewer if the cache was reset, or lost the prefix by a fault of another

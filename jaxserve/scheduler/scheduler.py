@@ -230,7 +230,7 @@ class Scheduler:
             num_decodes = len(plan.decode_rows)
             generations = np.concatenate([generations[:num_decodes], generations[num_decodes:][samples]])
         sequences.num_tokens[rows] = positions + 1
-        return _InFlight(plan, rows, positions, generations, sequences.sequences[rows])
+        return _InFlight(plan, rows, positions, generations, sequences.of_rows(rows))
 
     def digest(
         self, plan: StepPlan, tokens: np.ndarray, failed: np.ndarray | None = None, beams: BeamAnswer | None = None
@@ -336,7 +336,7 @@ class Scheduler:
         # would give away a block that some beams' tables on the device still name.
         has_begun = bool(sequences.is_beam[row] and sequences.on_device[row])
         sequences.num_published[row] = self.memory.publish(
-            row, sequences.token_ids[row], known, num_full, name, keeps_own=False and has_begun
+            row, sequences.token_ids[row], known, num_full, name, keeps_own=has_begun
         )
 
     def _finish(self, flight: _InFlight, codes: np.ndarray, tokens: np.ndarray) -> tuple[Finished, ...]:

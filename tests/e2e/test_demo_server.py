@@ -93,8 +93,9 @@ def server(home: Path, repo: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def ask(client: openai.OpenAI, question: str, **kwargs: Any) -> Any:
@@ -165,6 +166,77 @@ def test_stop_strings_end_the_text_before_them(client: openai.OpenAI) -> None:
     assert cut.choices[0].finish_reason == "stop"
 
 
+def test_three_choices_streamed_are_those_of_the_whole_answer(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"n": 3, "temperature": 2, "seed": 4, "max_tokens": 40}
+    whole = ask(client, QUESTIONS[3], **options)
+    assert len({choice.message.content for choice in whole.choices}) == 3
+    pieces, reasons, usage = {0: "", 1: "", 2: ""}, {}, None
+    for chunk in ask(client, QUESTIONS[3], stream=True, stream_options={"include_usage": True}, **options):
+        for choice in chunk.choices:
+            pieces[choice.index] += choice.delta.content or ""
+            reasons |= {choice.index: choice.finish_reason} if choice.finish_reason else {}
+        usage = chunk.usage or usage
+    assert pieces == {choice.index: choice.message.content for choice in whole.choices}
+    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
+    assert usage is not None
+    assert (usage.prompt_tokens, usage.completion_tokens) == (whole.usage.prompt_tokens, whole.usage.completion_tokens)
+    first = ask(client, QUESTIONS[3], **options | {"n": 1})
+    assert first.choices[0].message.content == pieces[0]
+    assert first.usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_a_stop_string_of_one_choice_leaves_the_others(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"n": 3, "temperature": 2, "seed": 4, "max_tokens": 40}
+    texts = [choice.message.content for choice in ask(client, QUESTIONS[3], **options).choices]
+    word = next(word for word in texts[1].split() if word not in texts[0] and word not in texts[2])
+    choices = ask(client, QUESTIONS[3], stop=[word], **options).choices
+    assert [choice.message.content for choice in choices] == [texts[0], texts[1].split(word)[0], texts[2]]
+    assert (choices[1].finish_reason, choices[1].model_extra["stop_reason"]) == ("stop", word)
+
+
+def test_best_of_and_beam_search(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 12}
+    four = client.completions.create(n=4, temperature=2, seed=9, logprobs=0, **options)
+    best = client.completions.create(n=1, best_of=4, temperature=2, seed=9, **options)
+    means = [sum(c.logprobs.token_logprobs) / len(c.logprobs.token_logprobs) for c in four.choices]
+    assert [choice.text for choice in best.choices] == [four.choices[means.index(max(means))].text]
+    assert best.usage.completion_tokens == four.usage.completion_tokens
+    beams = client.completions.create(n=4, extra_body={"use_beam_search": True, "length_penalty": 0}, **options)
+    assert len({choice.text for choice in beams.choices}) == 4
+    assert [choice.index for choice in beams.choices] == [0, 1, 2, 3]
+
+
+def test_what_was_computed_is_used_again_and_forgotten_on_demand(server: Server, client: openai.OpenAI) -> None:
+    question = "Tell me a story about a fox who had never seen the sea and wanted to know what it was like."
+
+    def cached(**extra: Any) -> int:
+        answer = ask(client, question, max_tokens=4, extra_body=extra)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert httpx.post(f"{server.url}/reset_prefix_cache").status_code == 200
+    hits = server.metric("vllm:prefix_cache_hits_total")
+    assert cached() == 0
+    again = cached()
+    assert again >= 16
+    assert server.metric("vllm:prefix_cache_hits_total") == hits + again
+    assert (cached(cache_salt="mine"), cached(cache_salt="yours")) == (0, 0)
+    assert cached(cache_salt="mine") == again
+    assert httpx.post(f"{server.url}/reset_prefix_cache").content == b""
+    assert cached() == 0
+
+
+def test_a_client_that_leaves_ends_all_choices_of_its_request(server: Server) -> None:
+    body = {"model": "demo", "prompt": "a", "n": 8, "max_tokens": 900, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body) as answer:
+        indices = set()
+        for line in answer.iter_lines():
+            if line:
+                indices.add(httpx.Response(200, content=line[6:]).json()["choices"][0]["index"])
+            if len(indices) == 8:
+                break
+    server.wait_until_idle()
+
+
 def test_errors_reach_the_client_as_its_own_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="nope", messages=[{"role": "user", "content": "x"}])
@@ -214,7 +286,7 @@ def random_body(rng: np.random.Generator) -> dict[str, Any]:
         "min_p": float(rng.random() * 0.3), "presence_penalty": 0.5, "frequency_penalty": 0.3, "seed": 7,
         "repetition_penalty": 1.1, "logit_bias": {"5": 1.5}, "min_tokens": 1, "ignore_eos": True, "logprobs": 3,
         "stop": ["zebra", "."], "stop_token_ids": [9], "allowed_token_ids": list(range(40, 900)),
-        "bad_words": ["fox", "the moon"], "echo": True,
+        "bad_words": ["fox", "the moon"], "echo": True, "n": int(rng.integers(1, 4)), "cache_salt": "s",
     }  # fmt: skip
     chosen = {name: value for name, value in optional.items() if rng.random() < 0.2}
     prompt = " ".join(["a fox and a moon"] * int(rng.integers(1, 40)))

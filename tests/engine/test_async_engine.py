@@ -23,7 +23,7 @@ from jaxserve.errors import (
     QueueFullError,
     QueueTimeoutError,
 )
-from jaxserve.types import SamplingParams
+from jaxserve.types import BeamSearchParams, Delta, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
@@ -177,6 +177,110 @@ def test_the_queue_is_bounded_and_the_refused_are_counted(engine: AsyncEngine) -
     assert refused
     assert all(len(r) == 30 for r in served)
     assert engine.metrics.rejections["queue_full"] == before + len(refused)
+
+
+async def collect_all(engine: AsyncEngine, prompt: list[int], params: Any, **kwargs: Any) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    async for delta in engine.generate(prompt, params, **kwargs):
+        found.setdefault(delta.index, []).extend(delta.token_ids)
+    return found
+
+
+def test_continuations_of_many_requests_are_what_each_gives_alone(engine: AsyncEngine) -> None:
+    """More sequences than rows, so that siblings wait for each other's rows."""
+    prompts = [[5, 6, 7, 8, 9], [20] * 13, [30, 31]]
+    params = [SamplingParams(n=n, temperature=2.0, seed=n, max_tokens=9, ignore_eos=True) for n in (2, 3, 5)]
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        alone = [await collect_all(engine, p, s) for p, s in zip(prompts, params, strict=True)]
+        together = await asyncio.gather(*(collect_all(engine, p, s) for p, s in zip(prompts, params, strict=True)))
+        await until_idle(engine)
+        return alone, together
+
+    alone, together = asyncio.run(run())
+    assert together == alone
+    for found, sampling in zip(alone, params, strict=True):
+        assert sorted(found) == list(range(sampling.n))
+        assert {len(tokens) for tokens in found.values()} == {9}
+        assert len({tuple(tokens) for tokens in found.values()}) > 1
+
+
+def test_leaving_a_request_of_several_continuations_frees_them_all(engine: AsyncEngine) -> None:
+    async def run() -> None:
+        endless = SamplingParams(n=3, temperature=1.0, max_tokens=None, ignore_eos=True)
+        async with aclosing(engine.generate([5, 6], endless)) as stream:
+            while engine.stats().num_running < 3:
+                await anext(stream)
+        await until_idle(engine)
+
+    asyncio.run(run())
+
+
+def test_one_continuation_is_stopped_and_the_others_go_on(engine: AsyncEngine) -> None:
+    async def run() -> dict[int, list[Any]]:
+        reasons: dict[int, list[Any]] = {}
+        sampling = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=20, ignore_eos=True)
+        async for delta in engine.generate([5, 6], sampling, request_id="r"):
+            reasons.setdefault(delta.index, []).append(delta.finish_reason)
+            if delta.index == 1 and len(reasons[1]) == 3:
+                engine.abort("r", "stop", 1)
+        await until_idle(engine)
+        return reasons
+
+    reasons = asyncio.run(run())
+    assert [reasons[index][-1] for index in range(3)] == ["length", "stop", "length"]
+    assert len(reasons[0]) == len(reasons[2]) == 20
+    assert len(reasons[1]) < 10
+
+
+def test_a_prefix_is_found_until_the_cache_is_reset(engine: AsyncEngine) -> None:
+    prompt = [40 + i for i in range(17)]
+
+    async def cached(**kwargs: Any) -> int:
+        return max([d.num_cached_tokens async for d in engine.generate(prompt, GREEDY, **kwargs)])
+
+    async def run() -> list[int]:
+        await engine.reset_prefix_cache()
+        counts = [await cached(), await cached(), await cached(cache_salt="a"), await cached(cache_salt="a")]
+        assert await engine.reset_prefix_cache() >= 8  # two prompts of four whole blocks
+        assert await engine.reset_prefix_cache() == 0
+        return [*counts, await cached()]
+
+    assert asyncio.run(run()) == [0, 16, 0, 16, 0]
+
+
+def test_a_beam_search_gives_its_hypotheses_at_its_end(engine: AsyncEngine) -> None:
+    async def run() -> list[Delta]:
+        return [d async for d in engine.generate([5, 6], BeamSearchParams(beam_width=3, max_tokens=6))]
+
+    deltas = asyncio.run(run())
+    assert [d.index for d in deltas] == [0, 1, 2]
+    scores = [d.score for d in deltas if d.score is not None]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == 3
+    assert all(d.finish_reason in ("stop", "length") for d in deltas)
+    with pytest.raises(ParameterError, match="'beam_width' must be at most max_num_seqs=4"):
+        asyncio.run(collect(engine, [5], BeamSearchParams(beam_width=5)))  # type: ignore[arg-type]
+
+
+def test_who_waits_too_long_is_refused_once_however_many_continuations_it_has(
+    make_engine: Callable[..., AsyncEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(max_num_seqs=1, queue_timeout=0.2)
+    assert engine._core is not None
+    step = engine._core.step
+    monkeypatch.setattr(engine._core, "step", lambda: (time.sleep(0.02), step())[1])
+
+    async def run() -> list[Any]:
+        long = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        several = SamplingParams(n=3, temperature=1, max_tokens=4)
+        return await asyncio.gather(collect(engine, [5], long), collect(engine, [6], several), return_exceptions=True)
+
+    first, other = asyncio.run(run())
+    assert len(first) == 40
+    assert type(other) is QueueTimeoutError
+    assert engine.metrics.rejections["queue_timeout"] == 1
+    assert engine.metrics.request_success["abort"] == 0
 
 
 def test_who_waits_too_long_for_a_first_step_is_refused(

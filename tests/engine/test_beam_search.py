@@ -20,13 +20,13 @@ import pytest
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine import resolve
 from jaxserve.engine.engine import EngineCore
-from jaxserve.errors import ParameterError
 from jaxserve.models.decoder import forward, logits
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import BeamSearchParams, Delta, SamplingParams
 from jaxserve_checkpoints.load import load_model
 
 AnyParams = SamplingParams | BeamSearchParams
+Run = Callable[..., list[list[Delta]]]
 # What must decide a search for it to be comparable: two programs' float32 logits differ by less than 1e-6 and their
 # sums of a dozen logprobs by less than this.
 MIN_MARGIN = 3e-5
@@ -146,27 +146,32 @@ def make_engine(model: ModelConfig, params: Any, **config: Any) -> EngineCore:
         return EngineCore(model, params, EngineConfig(compilation_cache_dir=None, **config))
 
 
+@pytest.fixture(scope="module")
+def tiny(golden_model: Any) -> ModelConfig:
+    return golden_model.config
+
+
+@pytest.fixture(scope="module")
+def tiny_dense(golden_model: Any) -> Dense:
+    return Dense(golden_model.config, golden_model.params, 48)
+
+
+@pytest.fixture(scope="module")
+def shared_core(golden_model: Any) -> EngineCore:
+    """The goldens' model on twenty rows, with blocks of 4 tokens and steps of 24."""
+    sizes = {"max_num_seqs": 20, "max_num_batched_tokens": 24, "block_size": 4, "num_gpu_blocks_override": 161}
+    return make_engine(golden_model.config, golden_model.params, max_model_len=64, **sizes)
+
+
 def test_reference_and_engine_find_what_hugging_face_finds(
-    reference: ModuleType, goldens: dict[str, Any], golden_model: Any, run_all: Callable[..., list[list[Delta]]]
+    reference: ModuleType, goldens: dict[str, Any], tiny: ModelConfig, tiny_dense: Dense, core: EngineCore, run_all: Run
 ) -> None:
-    model = golden_model.config
-    eos = model.eos_token_ids
+    eos = tiny.eos_token_ids
     cases = goldens["cases"]
     params = [golden_params(case, eos) for case in cases]
-    core = make_engine(
-        model,
-        golden_model.params,
-        max_num_seqs=20,
-        max_num_batched_tokens=32,
-        block_size=4,
-        max_model_len=64,
-        num_gpu_blocks_override=160,
-    )
     all_deltas = run_all(core, [(case["prompt"], p) for case, p in zip(cases, params, strict=True)])
-    core.scheduler.check_integrity()
-    dense = Dense(model, golden_model.params, 16)
     for case, deltas, p in zip(cases, all_deltas, params, strict=True):
-        searched = search(reference, dense, case["prompt"], p, eos)
+        searched = search(reference, tiny_dense, case["prompt"], p, eos)
         assert searched.margin > 1e-5
         assert [list(one.tokens) for one in searched.found] == [s["tokens"] for s in case["sequences"]]
         expected = [s["score"] for s in case["sequences"]]
@@ -179,9 +184,7 @@ PREDICATES = (" is", " went to the", " said that", " and the moon", ", who had",
 PREDICATES += ("'s house was", " saw a big")
 
 
-def test_fifty_prompts_beside_sampled_requests(
-    reference: ModuleType, run_all: Callable[..., list[list[Delta]]]
-) -> None:
+def test_fifty_prompts_beside_sampled_requests(reference: ModuleType, run_all: Run) -> None:
     loaded = load_model("demo", dtype="float32")
     model, tokenizer = loaded.config, Tokenizer.from_folder(loaded.folder)
     period = tokenizer.encode(".", add_special_tokens=False)
@@ -205,7 +208,7 @@ def test_fifty_prompts_beside_sampled_requests(
     deltas = run_all(core, mixed)
     core.scheduler.check_integrity()
     assert tokens_of(deltas[1::2]) == tokens_of(run_all(core, sampled))
-    dense = Dense(model, loaded.params, 8)
+    dense = Dense(model, loaded.params, 24)
     num_compared = dict.fromkeys((2, 4, 8), 0)
     for (prompt, params), found in zip(searches, deltas[::2], strict=True):
         if params.beam_width == 2:
@@ -221,100 +224,85 @@ def tokens_of(deltas: list[list[Delta]]) -> list[list[int]]:
     return [[token for delta in ones for token in delta.token_ids] for ones in deltas]
 
 
-@pytest.fixture(scope="module")
-def tiny_dense(model: ModelConfig, params: Any) -> Dense:
-    return Dense(model, params, 16)
-
-
-@pytest.fixture(scope="module")
-def wide_core(make_core: Callable[..., EngineCore]) -> EngineCore:
-    """Sixteen rows and blocks of 4 tokens."""
-    return make_core(max_num_seqs=16, max_num_batched_tokens=24, num_gpu_blocks_override=129)
-
-
 @pytest.mark.parametrize("num_prompt", [1, 3, 4, 5, 8, 23, 24, 25])  # around blocks and around chunks
 def test_prompts_that_end_anywhere_in_a_block(
     num_prompt: int,
-    model: ModelConfig,
-    wide_core: EngineCore,
+    tiny: ModelConfig,
+    core: EngineCore,
     tiny_dense: Dense,
     reference: ModuleType,
-    run_all: Callable[..., list[list[Delta]]],
+    run_all: Run,
 ) -> None:
-    prompt = np.random.default_rng(num_prompt).integers(4, model.vocab_size, num_prompt).tolist()
+    prompt = np.random.default_rng(100 + num_prompt).integers(4, tiny.vocab_size, num_prompt).tolist()
     requests = [(prompt, BeamSearchParams(beam_width=width, max_tokens=11)) for width in (1, 2, 3, 5, 16)]
-    for (_, params), deltas in zip(requests, run_all(wide_core, requests), strict=True):
-        searched = search(reference, tiny_dense, prompt, params, model.eos_token_ids)
+    for (_, params), deltas in zip(requests, run_all(core, requests), strict=True):
+        searched = search(reference, tiny_dense, prompt, params, tiny.eos_token_ids)
         assert searched.margin > MIN_MARGIN, "choose another seed"
-        check_deltas(deltas, searched, params, model.eos_token_ids)
-    wide_core.scheduler.check_integrity()
-    assert wide_core.scheduler.num_free_blocks == wide_core.limits.num_blocks - 1
+        check_deltas(deltas, searched, params, tiny.eos_token_ids)
+    core.scheduler.check_integrity()
+    assert core.scheduler.num_free_blocks == core.limits.num_blocks - 1
 
 
-def test_a_whole_prompt_in_the_cache_begins_the_same_search(
-    model: ModelConfig, wide_core: EngineCore, run_all: Callable[..., list[list[Delta]]]
-) -> None:
-    prompt = np.random.default_rng(70).integers(4, model.vocab_size, 16).tolist()
+def test_a_whole_prompt_in_the_cache_begins_the_same_search(tiny: ModelConfig, core: EngineCore, run_all: Run) -> None:
+    prompt = np.random.default_rng(70).integers(4, tiny.vocab_size, 16).tolist()
     params = BeamSearchParams(beam_width=4, max_tokens=9)
-    wide_core.reset_prefix_cache()
-    (first,), (second,) = run_all(wide_core, [(prompt, params)]), run_all(wide_core, [(prompt, params)])
+    core.reset_prefix_cache()
+    (first,), (second,) = run_all(core, [(prompt, params)]), run_all(core, [(prompt, params)])
     assert [delta.token_ids for delta in first] == [delta.token_ids for delta in second]
     assert [delta.score for delta in first] == pytest.approx([delta.score for delta in second], abs=1e-5)
     assert (first[0].num_cached_tokens, second[0].num_cached_tokens) == (0, 15)
 
 
 def test_a_prompt_that_enters_the_cache_by_another_as_the_search_begins(
-    model: ModelConfig, wide_core: EngineCore, run_all: Callable[..., list[list[Delta]]]
+    tiny: ModelConfig, core: EngineCore, run_all: Run
 ) -> None:
     """The first beam's row took the cache's block in place of its own, while the device gave its own to the others."""
-    rng = np.random.default_rng(73)
-    prompt = rng.integers(4, model.vocab_size, 8).tolist()
+    rng = np.random.default_rng(5)
+    prompt = rng.integers(4, tiny.vocab_size, 8).tolist()
     continued = prompt, SamplingParams(temperature=0, max_tokens=13, ignore_eos=True)
-    (output,) = tokens_of(run_all(wide_core, [continued]))
+    (output,) = tokens_of(run_all(core, [continued]))
     searched = [*prompt, *output[:12]], BeamSearchParams(beam_width=4, max_tokens=14, ignore_eos=True)
-    (expected,) = run_all(wide_core, [searched])
-    pool = wide_core.scheduler.memory.pool
+    (expected,) = run_all(core, [searched])
+    pool = core.scheduler.memory.pool
     for delay in range(11, 16):  # around the step in which the output enters the cache
-        wide_core.reset_prefix_cache()
-        held, _ = pool.allocate(80)  # so that a block that is given up is soon somebody's
-        wide_core.add("first", wide_core.check(*continued), "first")
+        core.reset_prefix_cache()
+        held, _ = pool.allocate(100)  # so that a block that is given up is soon somebody's
+        core.add("first", core.check(*continued), "first")
         found = []
         for step in range(40):
             if step == delay:
-                wide_core.add("search", wide_core.check(*searched), "search")
+                core.add("search", core.check(*searched), "search")
             elif step > delay:  # others take whatever block is free
-                for other in rng.integers(4, model.vocab_size, (2, 11)).tolist():
-                    check = wide_core.check(other, SamplingParams(max_tokens=2, seed=0))
-                    wide_core.add(f"{other}", check, "other")
-            found += [delta.token_ids for owner, delta in wide_core.step() if owner == "search"]
-        while wide_core.has_work:
-            wide_core.step()
+                for other in rng.integers(4, tiny.vocab_size, (2, 11)).tolist():
+                    check = core.check(other, SamplingParams(max_tokens=2, seed=0))
+                    core.add(f"{other}", check, "other")
+            found += [delta.token_ids for owner, delta in core.step() if owner == "search"]
+        while core.has_work:
+            core.step()
         pool.free(held)
-        wide_core.scheduler.check_integrity()
+        core.scheduler.check_integrity()
         assert found == [delta.token_ids for delta in expected], delay
 
 
-def test_an_abort_in_mid_search_frees_everything(model: ModelConfig, wide_core: EngineCore) -> None:
-    prompt = np.random.default_rng(71).integers(4, model.vocab_size, 9).tolist()
+def test_an_abort_in_mid_search_frees_everything(tiny: ModelConfig, core: EngineCore) -> None:
+    prompt = np.random.default_rng(71).integers(4, tiny.vocab_size, 9).tolist()
     for num_steps in range(6):
-        wide_core.add("r", wide_core.check(prompt, BeamSearchParams(beam_width=4, max_tokens=20)), 0)
+        core.add("r", core.check(prompt, BeamSearchParams(beam_width=4, max_tokens=20)), 0)
         for _ in range(num_steps):
-            assert wide_core.step() == []
-        assert wide_core.abort("r") == 0
-        while wide_core.has_work:
-            assert wide_core.step() == []
-        wide_core.scheduler.check_integrity()
-        assert wide_core.scheduler.num_free_blocks == wide_core.limits.num_blocks - 1
+            assert core.step() == []
+        assert core.abort("r") == 0
+        while core.has_work:
+            assert core.step() == []
+        core.scheduler.check_integrity()
+        assert core.scheduler.num_free_blocks == core.limits.num_blocks - 1
 
 
-def test_a_failed_step_begins_the_search_anew(
-    model: ModelConfig, wide_core: EngineCore, run_all: Callable[..., list[list[Delta]]]
-) -> None:
-    prompt = np.random.default_rng(72).integers(4, model.vocab_size, 10).tolist()
+def test_a_failed_step_begins_the_search_anew(tiny: ModelConfig, core: EngineCore, run_all: Run) -> None:
+    prompt = np.random.default_rng(72).integers(4, tiny.vocab_size, 10).tolist()
     request = (prompt, BeamSearchParams(beam_width=4, max_tokens=12))
-    (expected,) = run_all(wide_core, [request])
+    (expected,) = run_all(core, [request])
     steps_left = iter(range(7))
-    dispatch = wide_core.runner.run
+    dispatch = core.runner.run
 
     def fail_once(*args: Any) -> Any:
         if next(steps_left, None) == 5:
@@ -322,11 +310,22 @@ def test_a_failed_step_begins_the_search_anew(
         return dispatch(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wide_core.runner, "run", fail_once)
-        (found,) = run_all(wide_core, [request])
+        patch.setattr(core.runner, "run", fail_once)
+        (found,) = run_all(core, [request])
     assert [delta.token_ids for delta in found] == [delta.token_ids for delta in expected]
 
 
-def test_a_search_wider_than_the_batch_is_refused(core: EngineCore) -> None:
-    with pytest.raises(ParameterError, match=r"'beam_width'.*max_num_seqs=4.*got 5"):
-        core.check([5, 6], BeamSearchParams(beam_width=5))
+def test_logits_that_are_not_finite_end_only_their_search(golden_model: Any, core: EngineCore, run_all: Run) -> None:
+    params = golden_model.params
+    rng = np.random.default_rng(74)
+    prompt = rng.integers(4, 140, 9).tolist()
+    search_params = BeamSearchParams(beam_width=4, max_tokens=8)
+    (expected,) = run_all(core, [(prompt, search_params)])
+    with pytest.MonkeyPatch.context() as patch:
+        poisoned = params | {"embed": params["embed"].at[149].set(jnp.nan)}
+        patch.setattr(core.runner, "_params", poisoned)
+        bad, found = run_all(core, [([*prompt, 149], search_params), (prompt, search_params)])
+    assert [(delta.finish_reason, delta.error is None) for delta in bad] == [("error", False)]
+    assert [delta.token_ids for delta in found] == [delta.token_ids for delta in expected]
+    core.scheduler.check_integrity()
+    assert core.scheduler.num_free_blocks == core.limits.num_blocks - 1

@@ -259,19 +259,24 @@ def test_nothing_is_compiled_after_ready_and_no_eager_operation_runs(
 
 
 def test_the_cache_is_donated_and_never_copied(core: EngineCore) -> None:
-    """A copy of the KV cache a step would cost more than the step."""
-    limits, model = core.limits, core.model
+    """A copy of the KV cache a step would cost more than the step. Nor do the programs that move blocks make one."""
+    limits, model, compiled = core.limits, core.model, core.runner.compiled
     cache = f"[{limits.num_blocks},{limits.block_size},{model.num_kv_heads},{2 * model.head_dim}]"
     flat = f"[{limits.num_blocks * limits.block_size},{model.num_kv_heads},{2 * model.head_dim}]"
-    for _, executable in core.runner.compiled.steps:
+    kv, state = core.runner._kv, core.runner._state
+    programs = [(executable, (kv, state)) for _, executable in compiled.steps]
+    programs += [(executable, (kv, state)) for executable in compiled.follow_beams.values()]
+    programs += [(executable, kv) for executable in (*compiled.copy.values(), *compiled.scatter.values())]
+    programs += [(executable, ()) for executable in compiled.gather.values()]
+    assert len(programs) == 1 + 1 + 1 + 2 + 2
+    for executable, donated in programs:
         text = executable.as_text()
         assert cache in text
         copies = [line.strip() for line in text.splitlines() if re.search(r"= \S+ copy(-start)?\(", line)]
         assert not [line for line in copies if cache in line or flat in line]
         alias = re.search(r"input_output_alias=\{(.*?)\},? entry", text, re.DOTALL)
-        assert alias is not None
-        donated = len(jax.tree.leaves((core.runner._kv, core.runner._state)))
-        assert alias.group(1).count("may-alias") + alias.group(1).count("must-alias") == donated
+        aliased = alias.group(1) if alias else ""
+        assert aliased.count("may-alias") + aliased.count("must-alias") == len(jax.tree.leaves(donated))
 
 
 def test_metrics_count_what_was_done(make_core: Callable, run_all: Callable) -> None:

@@ -125,8 +125,9 @@ def test_n_continuations_are_those_of_their_own_seeds(llm: LLM) -> None:
 
 
 def test_best_of_returns_the_likeliest_of_those_that_n_would(llm: LLM) -> None:
-    params = SamplingParams(n=4, temperature=1.0, seed=5, max_tokens=8, logprobs=1)
+    params = SamplingParams(n=4, temperature=2.0, seed=5, max_tokens=8, logprobs=1)
     (all_four,) = llm.generate("The moon", params, use_tqdm=False)
+    assert len({c.token_ids for c in all_four.outputs}) == 4
     (best,) = llm.generate("The moon", replace(params, n=2, best_of=4, logprobs=None), use_tqdm=False)
 
     def mean(tokens: Any) -> float:

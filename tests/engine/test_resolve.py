@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine.compiled import use_compilation_cache
-from jaxserve.engine.resolve import resolve_engine_config, token_buckets
+from jaxserve.engine.resolve import MAX_SWAP_BYTES, resolve_engine_config, swap_buckets, token_buckets
 from jaxserve.errors import ConfigError
 
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 4 * 16  # k and v, layers, kv heads, head_dim, float32, tokens
@@ -45,6 +45,31 @@ def test_a_pool_in_bytes_becomes_blocks(model: ModelConfig) -> None:
 
 def test_a_pool_is_never_larger_than_could_be_used(model: ModelConfig) -> None:
     assert resolve(model, max_num_seqs=3).num_blocks == 3 * 4 + 1
+
+
+@pytest.mark.parametrize(
+    ("blocks_per_row", "block_bytes", "buckets"),
+    [
+        (64, 2**17, (8, 64)),
+        (65, 2**17, (8, 64, 65)),
+        (8192, 2**12, (8, 64, 512, 8192)),
+        (8192, 2**21, (8, 32)),  # 32 blocks are 64 MiB
+        (8192, 2**27, (1,)),
+        (8, 2**12, (8,)),
+        (1, 2**12, (1,)),
+    ],
+)
+def test_swaps_go_in_few_sizes_of_bounded_bytes(blocks_per_row: int, block_bytes: int, buckets: tuple) -> None:
+    assert swap_buckets(blocks_per_row, block_bytes) == buckets
+    assert buckets[-1] * block_bytes <= MAX_SWAP_BYTES or buckets == (1,)
+
+
+def test_swap_space_in_gib_becomes_blocks_no_more_than_could_wait(model: ModelConfig) -> None:
+    small = resolve(model, max_num_seqs=8, swap_space=10.5 * BLOCK_BYTES / 2**30)
+    assert (small.num_swap_blocks, small.swap_buckets) == (10, (4,))
+    assert resolve(model, max_num_seqs=8).num_swap_blocks == 8 * 4
+    none = resolve(model, max_num_seqs=8, swap_space=0)
+    assert (none.num_swap_blocks, none.swap_buckets) == (0, ())
 
 
 def test_an_accelerator_gets_what_its_memory_leaves(model: ModelConfig) -> None:
@@ -82,6 +107,8 @@ def test_contradictions_are_refused(model: ModelConfig, config: dict[str, Any], 
         {"gpu_memory_utilization": 0.0},
         {"gpu_memory_utilization": 1.1},
         {"num_gpu_blocks_override": 1},
+        {"swap_space": -1.0},
+        {"swap_space": float("nan")},
     ],
     ids=str,
 )

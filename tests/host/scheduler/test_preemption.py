@@ -101,7 +101,8 @@ def test_protected_sequences_enter_only_where_they_can_stay(make_scheduler, make
 def test_by_age_alone_the_oldest_never_gives_way(echo, make_scheduler, make_request, monkeypatch, swap: int) -> None:
     bound_preemptions(monkeypatch, 10**6)  # nobody is protected
     monkeypatch.setattr(policy, "VICTIM_WINDOW", 1)
-    sim = crowd(echo, make_scheduler, make_request, num=16, num_swap_blocks=swap)
+    cheap = policy.MemoryCosts(swap_block_s=1e-7)
+    sim = crowd(echo, make_scheduler, make_request, num=16, num_swap_blocks=swap, costs=cheap)
     while sim.has_requests:
         gone, ages, plan = preempted_and_running(sim)
         assert not gone or min(gone.values()) > max(ages.values(), default=-1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -69,6 +69,11 @@ class History:
         lines = "".join(f"        {event!r},\n" for event in self.events)
         head = f"    limits={self.limits!r},\n    costs={self.costs!r},\n"
         return f"History(\n{head}    depth={self.depth}, is_slow={self.is_slow},\n    events=(\n{lines}    ),\n)"
+
+
+def at_depth(history: History, depth: int) -> History:
+    """The same, with so many answers due."""
+    return replace(history, depth=depth)
 
 
 def run(history: History, deep_every: int = DEEP_EVERY) -> Simulation:

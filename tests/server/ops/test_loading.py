@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve_server.loading import model_names, sampling_defaults
+from jaxserve_server.startup_log import log_reuse
 
 
 def model(**defaults: Any) -> Any:
@@ -31,6 +33,19 @@ def test_defaults_out_of_bounds_stop_the_start_and_not_every_request() -> None:
     with pytest.raises(ConfigError, match=r"generation_config\.json: .*'temperature'.*--generation-config vllm"):
         sampling_defaults("auto", model(temperature=3.5))
     assert sampling_defaults("vllm", model(temperature=3.5)) == {}
+
+
+def test_the_log_says_what_becomes_of_kv(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("jaxserve"), "propagate", True)
+    with caplog.at_level(logging.INFO, "jaxserve.server"):
+        log_reuse(prefix_caching=True, num_swap_blocks=65_536, num_swap_bytes=4 * 2**30)
+        log_reuse(prefix_caching=False, num_swap_blocks=0, num_swap_bytes=0)
+    assert caplog.messages == [
+        "Prefix caching: on",
+        "Swap space: 4.00 GiB of host memory, 65,536 blocks",
+        "Prefix caching: off",
+        "Swap space: off, preempted requests are computed again",
+    ]
 
 
 def test_a_folder_is_served_under_its_own_name_and_as_it_was_typed(tmp_path: Path) -> None:
