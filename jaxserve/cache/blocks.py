@@ -82,7 +82,7 @@ class BlockPool:
         if num_empty < count:
             evicted = self._kept.pop(count - num_empty)
             self.is_kept[evicted] = False
-            ids = np.concatenate([ids, evicted])
+            ids = np.concatenate([ids, evicted]) if num_empty else evicted
         self.ref_count[ids] = 1
         self.generation[ids] += 1
         return ids, evicted
@@ -109,11 +109,11 @@ class BlockPool:
         assert self.ref_count[NULL_BLOCK] == 1, "the null block was freed"
         idle = ids[counts == 0]
         kept = self.is_kept[idle]
-        if np.count_nonzero(kept):
+        num_kept = np.count_nonzero(kept)
+        if num_kept:
             self._kept.push(idle[kept])
-            idle = idle[~kept]
-        if len(idle):
-            self._push_empty(idle)
+        if num_kept < len(idle):
+            self._push_empty(idle[~kept])
 
     def keep(self, ids: np.ndarray) -> None:
         """Marks held blocks: their content is worth keeping."""

@@ -62,7 +62,8 @@ class ReleaseOrder:
             found.append(window[live])
             missing -= len(live)
         ids = found[0] if len(found) == 1 else np.concatenate([self._ids[:0], *found])
-        self.take_out(ids)
+        self._stamp_of[ids] = _NOT_HERE
+        self.count -= count
         return ids
 
     def in_order(self) -> np.ndarray:

@@ -260,7 +260,7 @@ class EngineCore:
         for row, start, length in zip(
             plan.prefill_rows.tolist(), plan.prefill_starts.tolist(), plan.prefill_lens.tolist(), strict=True
         ):
-            generation: Generation = sequences.sequences[row].request.payload
+            generation: Generation = sequences.at(row).request.payload
             if generation.prompt_logprobs is not None:
                 pending.prompt_logprobs.append((generation, start, offset, length))
             offset += length

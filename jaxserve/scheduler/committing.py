@@ -156,8 +156,8 @@ def _let_in(entries: tuple[Entry, ...], sequences: SequenceTable, memory: KVMemo
 
 def _opened(decision: Decision, block_size: int) -> _Pairs:
     """Rows and columns of the block table where the decode rows' tokens begin a block."""
-    positions = decision.decode_positions[decision.opens_block]
-    return decision.decode_rows[decision.opens_block], positions.astype(np.intp) // block_size
+    at = decision.opens_block.nonzero()[0]
+    return decision.decode_rows[at], decision.decode_positions[at].astype(np.intp) // block_size
 
 
 def _extend_chunks(decision: Decision, memory: KVMemory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -54,8 +54,8 @@ class StepPlan:
     """What one step does. All arrays are int32 (bool where said) and must not be written to.
 
     The device does, in this order: copies `swap_out_blocks` to host memory, copies blocks for copy-on-write (all
-    sources are read before a target is written), restores `swap_in_blocks` from host memory, sets up admitted rows, sets
-    the block table entries, and runs the tokens. A block may be source of one of these and target of a later one.
+    sources are read before a target is written), restores `swap_in_blocks` from host memory, sets up admitted rows,
+    sets the block table entries, and runs the tokens. A block may be source of one and target of a later one of these.
     The tokens are: one for each decode row, then each prefill chunk.
 
     Attributes:

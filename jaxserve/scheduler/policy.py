@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxserve.cache.blocks import blocks_for
 from jaxserve.cache.kv_memory import KVMemory
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, KVBudgetError
 from jaxserve.scheduler.decision import Victim
 from jaxserve.scheduler.sequences import Request, SequenceTable
 
@@ -99,6 +99,21 @@ def blocks_at_longest(request: Request, block_size: int) -> int:
     if request.beam is None:
         return longest
     return longest + (request.num_sequences - 1) * (longest - len(request.prompt_token_ids) // block_size)
+
+
+def check_budget(request: Request, limits: SchedulerLimits) -> None:
+    """Raises KVBudgetError if the whole pool could not hold what the request must have at once."""
+    needed, usable = blocks_at_longest(request, limits.block_size), limits.num_blocks - 1
+    if needed <= usable:
+        return
+    num_prompt = len(request.prompt_token_ids)
+    beams = f" on {request.num_sequences} beams" if request.beam else ""
+    raise KVBudgetError(
+        f"The request needs {needed} KV blocks of {limits.block_size} tokens for its {num_prompt} prompt "
+        f"tokens and {request.max_total_len - num_prompt} output tokens{beams}, but the KV cache has only "
+        f"{usable}. Shorten the prompt, lower max_tokens, or enlarge the KV cache.",
+        param="max_tokens",
+    )
 
 
 def by_seniority(sequences: SequenceTable, rows: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ import numpy as np
 
 from jaxserve.cache.kv_memory import KVMemory
 from jaxserve.cache.prefix import namespace
-from jaxserve.errors import KVBudgetError, QueueFullError
+from jaxserve.errors import QueueFullError
 from jaxserve.scheduler import committing, finish, integrity, planner, policy
 from jaxserve.scheduler.counters import Counters
 from jaxserve.scheduler.decision import Decision
@@ -116,7 +116,7 @@ class Scheduler:
         assert request.beam is None or request.num_sequences == request.beam.beam_width <= limits.max_num_seqs
         if request.request_id in self._requests:
             raise ValueError(f"Request id {request.request_id!r} is in use. Wait for its end or choose another.")
-        self._check_budget(request)
+        policy.check_budget(request, limits)
         # Whoever finds a free row at the next step does not queue: a burst into an idle engine is no overload.
         num_free_rows = limits.max_num_seqs - self.num_running
         if self.num_waiting >= limits.max_num_queued_reqs + num_free_rows:
@@ -132,19 +132,6 @@ class Scheduler:
             sequence = Sequence(request, index, np.array(request.prompt_token_ids, np.int32))
             request.sequences.append(sequence)
             self.waiting.push(sequence)
-
-    def _check_budget(self, request: Request) -> None:
-        num_prompt, limits = len(request.prompt_token_ids), self.limits
-        needed = policy.blocks_at_longest(request, limits.block_size)
-        if needed <= self.memory.pool.num_usable:
-            return
-        beams = f" on {request.num_sequences} beams" if request.beam else ""
-        raise KVBudgetError(
-            f"The request needs {needed} KV blocks of {limits.block_size} tokens for its {num_prompt} prompt "
-            f"tokens and {request.max_total_len - num_prompt} output tokens{beams}, but the KV cache has only "
-            f"{self.memory.pool.num_usable}. Shorten the prompt, lower max_tokens, or enlarge the KV cache.",
-            param="max_tokens",
-        )
 
     def abort(self, request_id: str) -> Request | None:
         """Ends a request in whatever state, and frees what it holds; answers in flight for it are dropped.
@@ -314,8 +301,7 @@ class Scheduler:
         for row, end, samples, generation in chunks:
             if sequences.generation[row] != generation or (samples and row not in well):
                 continue
-            sequence: Sequence = sequences.sequences[row]
-            request = sequence.request
+            request = sequences.at(row).request
             is_last = samples or (request.beam is not None and end == len(request.prompt_token_ids))
             sequences.num_answered[row] = NO_BOUND if is_last else end
             self._publish(row, end)
@@ -323,7 +309,7 @@ class Scheduler:
     def _publish(self, row: int, num_written: int | None = None) -> None:
         """Enters the row's full blocks into the cache, as far as they have been written and answered for."""
         sequences = self.sequences
-        sequence: Sequence = sequences.sequences[row]
+        sequence = sequences.at(row)
         if not sequence.caches:
             return
         if num_written is None:

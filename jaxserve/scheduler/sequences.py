@@ -157,6 +157,10 @@ class SequenceTable:
     def num_active(self) -> int:
         return int(np.count_nonzero(self.active))
 
+    def at(self, row: int) -> Sequence:
+        """The sequence of an active row."""
+        return self.sequences[row]  # type: ignore[return-value]
+
     def free_rows(self) -> list[int]:
         """Rows without a sequence, ascending."""
         return np.flatnonzero(~self.active).tolist()

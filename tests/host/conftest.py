@@ -18,7 +18,9 @@ def echo() -> ModuleType:
     name = "simulation"
     if name not in sys.modules:
         places = [str(SIMULATION)]
-        spec = importlib.util.spec_from_file_location(name, SIMULATION / "__init__.py", submodule_search_locations=places)
+        spec = importlib.util.spec_from_file_location(
+            name, SIMULATION / "__init__.py", submodule_search_locations=places
+        )
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)

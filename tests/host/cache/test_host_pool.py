@@ -25,9 +25,12 @@ def test_full_blocks_are_copied_once_and_partial_ones_for_each() -> None:
     assert second[:2].tolist() == first[:2].tolist()
     assert len({*first.tolist(), *second.tolist()}) == host.num_used == 4
     partial, to_write = host.take(blocks[2:3], 0, pool)
-    assert to_write.tolist() == [True], "a partial block may have changed since"
+    assert to_write.tolist() == [True]
     assert partial[0] != first[2]
-    host.check_integrity(np.bincount(np.concatenate([first, second, partial]), minlength=6))
+    growing, to_write = host.take(blocks[:1], 0, pool)
+    assert to_write.tolist() == [True], "full for the first one, still written to by this one"
+    assert growing[0] != first[0]
+    host.check_integrity(np.bincount(np.concatenate([first, second, partial, growing]), minlength=6))
 
 
 def test_slots_are_free_after_the_last_release() -> None:

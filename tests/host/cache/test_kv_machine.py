@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from jaxserve.cache.blocks import blocks_for
 from jaxserve.cache.kv_memory import KVMemory
@@ -16,7 +23,7 @@ NUM_ROWS, MAX_BLOCKS = 4, 8
 Content = tuple[bytes, tuple[int, ...]]  # KV of a block: salt, and all tokens up to its last one
 
 
-@dataclass
+@dataclass(eq=False)
 class _Sequence:
     """A sequence of the model: its tokens, which of its blocks it thinks are cached, or where it was saved."""
 
@@ -30,7 +37,10 @@ class KVMachine(RuleBasedStateMachine):
     """Rows are sequences; `device` and `host` are dictionaries of what was written where."""
 
     @initialize(
-        size=st.sampled_from([1, 2, 3]), num_blocks=st.integers(4, 14), num_slots=st.integers(0, 8), caches=st.booleans()
+        size=st.sampled_from([1, 2, 3]),
+        num_blocks=st.integers(4, 14),
+        num_slots=st.integers(0, 8),
+        caches=st.booleans(),
     )
     def start(self, size: int, num_blocks: int, num_slots: int, caches: bool) -> None:
         self.size, self.memory = size, KVMemory(num_blocks, size, NUM_ROWS, MAX_BLOCKS, num_slots, caches)
@@ -183,7 +193,11 @@ class KVMachine(RuleBasedStateMachine):
     def inherit(self, data: st.DataObject) -> None:
         """Siblings of one length swap their full blocks, as beams do; tails are equal in content, so none is copied."""
         first = data.draw(st.sampled_from(sorted(self.rows)))
-        kin = [row for row, s in self.rows.items() if (s.salt, s.tokens) == (self.rows[first].salt, self.rows[first].tokens)]
+        kin = [
+            row
+            for row, s in self.rows.items()
+            if (s.salt, s.tokens) == (self.rows[first].salt, self.rows[first].tokens)
+        ]
         parents = [data.draw(st.sampled_from(kin)) for _ in kin]
         self.memory.inherit(np.array(kin), np.array(parents), self._num_full(self.rows[first]))
 

@@ -99,11 +99,12 @@ def test_nothing_is_found_before_the_answer_is_here(make_scheduler) -> None:
     assert len(scheduler.memory.index) == 3
 
 
-def test_after_a_reset_nothing_is_found_and_what_runs_enters_nothing(make_scheduler) -> None:
+@pytest.mark.parametrize("num_prompt", [2, 12])
+def test_after_a_reset_nothing_is_found_and_what_runs_enters_nothing(make_scheduler, num_prompt: int) -> None:
     scheduler = make_scheduler(num_blocks=65)
-    scheduler.add(request("first", 12, 9))
+    scheduler.add(request("first", num_prompt, 9))
     step(scheduler)
-    assert scheduler.reset_prefix_cache() == 3
+    assert scheduler.reset_prefix_cache() == num_prompt // 4
     for _ in range(8):
         step(scheduler)
     assert not scheduler.has_work

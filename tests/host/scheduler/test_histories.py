@@ -26,7 +26,9 @@ def test_a_million_operations(repo: Path) -> None:
         share = ["--operations", str(NUM_OPERATIONS // NUM_WORKERS)]
         seeds = ["--first", str(FIRST + worker), "--stride", str(NUM_WORKERS)]
         command = [sys.executable, "-W", "error", "-m", "simulation", *share, *seeds]
-        workers.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        workers.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
     said = [worker.communicate()[0] for worker in workers]
     print("\n".join(said))
     assert [worker.returncode for worker in workers] == [0] * NUM_WORKERS, "\n".join(said)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from jaxserve.scheduler import planner
+
 
 def fed_for(sim, name: str, n: int) -> list[int]:
     return [sim.results[name, index].num_fed for index in range(n)]
@@ -13,7 +15,9 @@ def fed_for(sim, name: str, n: int) -> list[int]:
 @pytest.mark.parametrize("depth", [0, 1, 2])
 @pytest.mark.parametrize("num_prompt", [1, 4, 5, 8, 11, 30])
 @pytest.mark.parametrize("n", [2, 4])
-def test_the_prompt_is_fed_exactly_once(echo, make_scheduler, make_request, depth: int, num_prompt: int, n: int) -> None:
+def test_the_prompt_is_fed_exactly_once(
+    echo, make_scheduler, make_request, depth: int, num_prompt: int, n: int
+) -> None:
     sim = echo.Simulation(make_scheduler(num_blocks=65), depth)
     sim.add(make_request("a", num_prompt, 9, num_sequences=n))
     sim.drain()
@@ -104,3 +108,17 @@ def test_the_cost_of_n_is_shared_memory(echo, make_scheduler, make_request) -> N
     assert 64 - sim.scheduler.num_free_blocks == 10 + 4 * 2
     sim.drain()
     sim.check_outputs()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4])
+@pytest.mark.parametrize("num_prompt", [1, 2, 3, 4])
+def test_as_many_copies_are_counted_as_are_made(echo, make_scheduler, make_request, n: int, num_prompt: int) -> None:
+    """The plan sets aside the blocks that the copies of its step will take: no more, no fewer."""
+    sim, num_copies = echo.Simulation(make_scheduler(num_blocks=65, max_num_seqs=3), depth=0), 0
+    sim.add(make_request("a", num_prompt, 9, num_sequences=n))
+    while sim.has_requests:
+        decodes, _, _ = planner._plan_decodes(sim.scheduler._view)
+        plan = sim.step()
+        assert decodes.num_copies == len(plan.copy_to)
+        num_copies += len(plan.copy_to)
+    assert (num_copies > 0) == (num_prompt % 4 > 0)

@@ -73,7 +73,9 @@ def test_a_request_from_prompt_to_length(make_scheduler, make_request) -> None:
     plan, events = step(scheduler)
     assert plan.decode_positions.tolist() == [4]
     assert (plan.block_rows.tolist(), plan.block_cols.tolist(), plan.block_ids.tolist()) == ([0], [1], [2])
-    assert [(e.sequence.request.request_id, e.reason, e.stop_reason) for e in events.finished] == [("a", "length", None)]
+    assert [(e.sequence.request.request_id, e.reason, e.stop_reason) for e in events.finished] == [
+        ("a", "length", None)
+    ]
     assert not scheduler.has_work
     assert scheduler.num_free_blocks == 16
 
@@ -144,7 +146,7 @@ def test_all_but_the_two_ends_of_a_decode_iteration_list_no_blocks(make_schedule
     for name in "abcd":
         scheduler.add(make_request(name, 4, 40))
     opened = [len(step(scheduler)[0].block_ids) for _ in range(30)]
-    # Blocks of 16 tokens at position 0 (admitted rows bring their table), 16 (step 13: 4 + 12 decoded) and 32 (step 29).
+    # Blocks of 16 tokens at position 0 (admitted rows bring their table), 16 (step 13: 4 + 12 decoded), 32 (step 29).
     assert opened == [0] * 13 + [4] + [0] * 15 + [4]
 
 

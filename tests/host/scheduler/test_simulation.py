@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -55,7 +57,7 @@ def random_request(rng: np.random.Generator, name: str, max_len: int) -> Request
     )
 
 
-@pytest.mark.parametrize("seed", range(200))
+@pytest.mark.parametrize("seed", range(50))
 def test_random_history(echo, seed: int) -> None:
     rng = np.random.default_rng(seed)
     limits = random_limits(rng)
@@ -65,8 +67,10 @@ def test_random_history(echo, seed: int) -> None:
         dice = rng.random()
         if dice < add_share:
             sim.add(random_request(rng, f"r{index}", limits.max_model_len))
-        elif dice < add_share + 0.05 and sim.requests:
+        elif dice < add_share + 0.03 and sim.requests:
             sim.abort(str(rng.choice(list(sim.requests))))
+        elif dice < add_share + 0.05 and sim.requests:
+            sim.abort_sequence(str(rng.choice(list(sim.requests))), int(rng.integers(0, 5)))
         elif dice < add_share + 0.08:
             sim.depth = int(rng.integers(0, 3))
         elif dice < add_share + 0.1 and sim.undigested:
@@ -99,8 +103,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         more_blocks=st.integers(0, 12),
         more_tokens=st.integers(0, 20),
         depth=st.integers(0, 2),
+        slots=st.sampled_from([0, 3, 40]),
+        caches=st.booleans(),
     )
-    def start(self, block_size, num_rows, max_len, more_blocks, more_tokens, depth):
+    def start(self, block_size, num_rows, max_len, more_blocks, more_tokens, depth, slots, caches):
         limits = SchedulerLimits(
             num_blocks=1 + -(-max_len // block_size) + more_blocks,
             block_size=block_size,
@@ -108,11 +114,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=max_len,
             max_num_batched_tokens=num_rows + more_tokens,
             eos_token_ids=(EOS,),
+            num_swap_blocks=slots,
+            enable_prefix_caching=caches,
+            costs=MemoryCosts(swap_block_s=1e-7),
         )
         self.sim = self.echo_module.Simulation(Scheduler(limits), depth)
 
-    @rule(data=st.data(), seed=st.integers(0, 99))
-    def add(self, data, seed):
+    @rule(data=st.data(), seed=st.integers(0, 3), n=st.sampled_from([1, 1, 2, 3]), salt=st.sampled_from([b"", b"a"]))
+    def add(self, data, seed, n, salt):
         max_len = self.sim.scheduler.limits.max_model_len
         num_prompt = data.draw(st.integers(1, max_len - 1))
         total = data.draw(st.integers(num_prompt + 1, max_len))
@@ -120,8 +129,51 @@ class SchedulerMachine(RuleBasedStateMachine):
         stops = (EOS, *rng.integers(0, 1000, data.draw(st.sampled_from([0, 50]))).tolist())
         prompt = rng.integers(0, 1000, num_prompt, dtype=np.int32)
         min_tokens = data.draw(st.integers(0, total - num_prompt))
-        self.sim.add(Request(f"r{self.num_added}", prompt, total, stops, min_tokens))
+        fields = {"num_sequences": n, "cache_salt": salt, "reads_cache": data.draw(st.booleans())}
+        self.sim.add(Request(f"r{self.num_added}", prompt, total, stops, min_tokens, **fields))
         self.num_added += 1
+
+    @precondition(lambda self: self.num_added > 0)
+    @rule(data=st.data())
+    def add_again(self, data):
+        request = self.sim.requests[f"r{data.draw(st.integers(0, self.num_added - 1))}"]
+        twin = Request(request.request_id, request.prompt_token_ids, request.max_total_len)
+        if request.sequences:
+            with pytest.raises(ValueError, match="is in use"):
+                self.sim.scheduler.add(twin)
+            self.sim.scheduler.check_integrity()
+
+    @precondition(lambda self: self.num_added > 0)
+    @rule(data=st.data(), index=st.integers(0, 3))
+    def abort_sequence(self, data, index):
+        self.sim.abort_sequence(f"r{data.draw(st.integers(0, self.num_added - 1))}", index)
+
+    @rule()
+    def reset_cache(self):
+        self.sim.reset_cache()
+
+    @rule(tears=st.booleans(), chosen=st.sets(st.integers(0, 3)))
+    def faulty_step(self, tears, chosen):
+        self.sim.step(tears=tears, choose_nan=lambda rows: [row for row in rows.tolist() if row in chosen])
+
+    @rule()
+    def step_that_raises(self):
+        self.sim.step(raises=True)
+
+    @rule(is_slow=st.booleans(), count=st.integers(0, 3))
+    def copies(self, is_slow, count):
+        self.sim.is_slow = is_slow
+        self.sim.store.arrive(count)
+
+    @precondition(lambda self: self.sim is not None and self.sim.undigested)
+    @rule()
+    def late_and_stale_plans(self):
+        """A plan is committed once, and its answer taken in its turn; nothing changes when it is not."""
+        scheduler, newest = self.sim.scheduler, self.sim.undigested[-1]
+        decision = replace(scheduler.plan(), step=newest.plan.step)
+        with pytest.raises(AssertionError, match="stale"):
+            scheduler.commit(decision)
+        scheduler.check_integrity()
 
     @rule()
     def step(self):

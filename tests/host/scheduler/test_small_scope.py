@@ -14,8 +14,8 @@ SHORT, LONG = ((1, 2), (1, 2), (1, 3)), ((1, 2, 3), (1, 2, 3), (1, 2, 4))  # pro
 SMALL = [
     # block size, slots, prompts, tokens in all of each, faults of each kind on a path, aborts anywhere, what happens
     (1, 3, SHORT, (5, 5, 5), 1, False, {"fork", "hit", "swap", "restore"}),
-    (2, 3, LONG, (8, 8, 6), 1, False, {"fork", "hit", "swap", "restore", "copy"}),
-    (2, 0, LONG, (8, 8, 6), 1, False, {"fork", "hit", "recompute", "copy"}),
+    (2, 3, LONG, (8, 8, 6), 0, False, {"fork", "hit", "swap", "restore", "copy"}),
+    (2, 0, LONG, (8, 8, 6), 0, False, {"fork", "hit", "recompute", "copy"}),
     (1, 3, SHORT, (3, 3, 4), 0, True, {"fork", "hit"}),
 ]
 LARGE = [(*scope[:4], 1, True, scope[-1]) for scope in SMALL]

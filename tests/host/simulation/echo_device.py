@@ -66,11 +66,13 @@ class EchoStore:
         self.slots = np.full((num_slots, block_size), POISON, np.int32)
         self.pending: deque[tuple[np.ndarray, np.ndarray]] = deque()
         self._checksums = [0] * num_slots
+        self._lost: set[int] = set()  # slots whose copy never arrived
 
     def save(self, slots: np.ndarray, content: np.ndarray) -> None:
         """Starts a copy of what the blocks hold now."""
         for slot, block in zip(slots.tolist(), content, strict=True):
             self._checksums[slot] = zlib.crc32(block)
+        self._lost.difference_update(slots.tolist())
         self.pending.append((slots, content))
 
     def arrive(self, count: int = 1) -> None:
@@ -86,6 +88,7 @@ class EchoStore:
             TornCopyError: a copy was torn on its way.
         """
         wanted = set(slots.tolist())
+        assert wanted.isdisjoint(self._lost), f"slots {wanted & self._lost} never got their content"
         while any(not wanted.isdisjoint(on_their_way.tolist()) for on_their_way, _ in self.pending):
             self.arrive()
         content = self.slots[slots]
@@ -105,6 +108,7 @@ class EchoStore:
         lost = np.concatenate([np.empty(0, np.int32), *(slots for slots, _ in self.pending)])
         self.pending.clear()
         self.slots[lost] = POISON
+        self._lost.update(lost.tolist())
         return lost
 
 
@@ -154,9 +158,7 @@ class EchoDevice:
         lengths = self._write_all(plan, prefill_tokens, frozenset(nan_rows))
         return self._sample(plan.sampled_rows, lengths)
 
-    def _write_all(
-        self, plan: StepPlan, prefill_tokens: list[np.ndarray], nan_rows: frozenset[int]
-    ) -> dict[int, int]:
+    def _write_all(self, plan: StepPlan, prefill_tokens: list[np.ndarray], nan_rows: frozenset[int]) -> dict[int, int]:
         """Writes every token that the step feeds; returns the rows' lengths then."""
         size, rows = self.block_size, plan.decode_rows
         lengths = {}

@@ -1,4 +1,4 @@
-"""What must hold after every operation, counted here from scratch and cheaply; `Scheduler.check_integrity` is deeper."""
+"""What must hold after every operation, counted from scratch and cheaply; `Scheduler.check_integrity` is deeper."""
 
 from __future__ import annotations
 

@@ -204,15 +204,19 @@ class Search:
         live = [block for block in new_id if block and (pool.ref_count[block] or pool.is_kept[block])]
         columns = [c.tobytes() for c in rows._zero_when_inactive()]
         waiting = [
-            (s.place, len(s.known_token_ids), s.num_preemptions, s.num_swapped, s.caches, s.num_cached_tokens)
-            + (None if s.swapped is None else tuple(s.swapped.tolist()),)
+            (
+                (s.place, len(s.known_token_ids), s.num_preemptions, s.caches, s.num_cached_tokens, s.num_swapped),
+                None if s.swapped is None else s.swapped.tolist(),
+            )
             for s in scheduler.waiting
         ]
         running = [None if s is None else (s.place, s.num_preemptions, s.caches) for s in rows.sequences]
         flights = [
-            (f.rows.tolist(), f.positions.tolist(), (rows.generation[f.rows] == f.generations).tolist())
-            + (f.plan.prefill_rows.tolist(), f.plan.prefill_starts.tolist(), f.plan.prefill_lens.tolist())
-            + ((rows.generation[f.plan.prefill_rows] == f.plan.generations[len(f.plan.decode_rows) :]).tolist(),)
+            (
+                (f.rows.tolist(), f.positions.tolist(), (rows.generation[f.rows] == f.generations).tolist()),
+                (f.plan.prefill_rows.tolist(), f.plan.prefill_starts.tolist(), f.plan.prefill_lens.tolist()),
+                (rows.generation[f.plan.prefill_rows] == f.plan.generations[len(f.plan.decode_rows) :]).tolist(),
+            )
             for f in scheduler._in_flight
         ]
         results = [(name, len(r.token_ids), r.reason) for name, r in sim.results.items()]
