@@ -20,7 +20,7 @@ from jaxserve.engine.admission import TABLE_FEATURES, AdmittedParams, pack_row, 
 from jaxserve.engine.beams import pack_followers, pack_group, unpack_answer
 from jaxserve.engine.compiled import CompiledSteps, OnProgress, compile_steps
 from jaxserve.engine.pack import empty_step, pack_step
-from jaxserve.engine.swap_store import SwapStore
+from jaxserve.engine.swap_store import SwapStore, staging_memory
 from jaxserve.scheduler.finish import BeamAnswer
 from jaxserve.scheduler.plan import Admitted, StepPlan
 from jaxserve.scheduler.policy import MemoryCosts
@@ -99,7 +99,8 @@ class Runner:
         self.reset()
         layer = self._kv.layers[0]
         block_shape = (len(self._kv.layers), *layer.shape[1:])
-        self.store = SwapStore(limits.num_swap_blocks, block_shape, layer.dtype, verify=verify_swaps)
+        staging = staging_memory(next(iter(layer.devices())))
+        self.store = SwapStore(limits.num_swap_blocks, block_shape, layer.dtype, verify=verify_swaps, staging=staging)
         self.compiled: CompiledSteps = compile_steps(params, self._kv, self._state, model, limits, on_progress)
         self.costs = self._warm_up()
 

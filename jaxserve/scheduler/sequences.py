@@ -283,7 +283,8 @@ class SequenceTable:
         assert (self.num_computed[decoding] == self.num_tokens[decoding] - 1).all()
         fed = prefilling & self.is_beam
         assert (self.num_computed[prefilling] < self.num_known[prefilling] + fed[prefilling]).all()
-        assert (self.num_answered[prefilling] <= self.num_computed[prefilling]).all()
+        unanswered = prefilling & ~self.is_beam  # the prompt of a search is answered before its beams start
+        assert (self.num_answered[unanswered] <= self.num_computed[unanswered]).all()
         assert len(set(self.place[self.active].tolist())) == self.num_active
         for row in row_of(self.active).tolist():
             self._check_row(row)

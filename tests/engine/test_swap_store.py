@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxserve.engine.moves import batches
-from jaxserve.engine.swap_store import SwapStore
+from jaxserve.engine.swap_store import SwapStore, staging_memory
 from jaxserve.errors import EngineError
 
 SHAPE = (2, 4, 1, 6)
@@ -34,9 +36,6 @@ class Slow:
     def __init__(self, values: np.ndarray) -> None:
         self._array, self.arrived = jnp.asarray(values), False
 
-    def devices(self) -> set:
-        return self._array.devices()
-
     def copy_to_host_async(self) -> None:
         pass
 
@@ -48,10 +47,25 @@ class Slow:
         return np.asarray(self._array)
 
 
+@pytest.mark.parametrize(
+    ("platform", "kinds", "staging"),
+    [
+        ("cpu", ("device", "pinned_host"), None),
+        ("gpu", ("device", "pinned_host"), "pinned_host"),
+        ("tpu", ("device", "unpinned_host"), None),
+    ],
+)
+def test_accelerators_go_through_pinned_memory(platform: str, kinds: tuple[str, ...], staging: str | None) -> None:
+    memories = [SimpleNamespace(kind=kind) for kind in kinds]
+    device: Any = SimpleNamespace(platform=platform, addressable_memories=lambda: memories)
+    assert staging_memory(device) == staging
+
+
 @pytest.mark.parametrize("dtype", ["float32", "uint16"])
 @pytest.mark.parametrize("verify", [False, True])
-def test_what_goes_out_comes_back_bitwise(dtype: str, verify: bool) -> None:
-    store = SwapStore(6, SHAPE, dtype, verify=verify)
+@pytest.mark.parametrize("staging", [None, "pinned_host"])
+def test_what_goes_out_comes_back_bitwise(dtype: str, verify: bool, staging: str | None) -> None:
+    store = SwapStore(6, SHAPE, dtype, verify=verify, staging=staging)
     first, second = blocks(4, 0, dtype), blocks(2, 1, dtype)
     store.put(jnp.asarray(first), slots(5, 0, 3))  # the fourth is padding
     store.put(jnp.asarray(second), slots(1, 4))

@@ -298,7 +298,7 @@ PLANTED = (
         SCHEDULER,
         "if sequence.swapped is not None and not lost.isdisjoint(sequence.swapped.tolist())",
         "if False",
-        SIMULATION,
+        PREEMPTION,
     ),
     Planted(
         "what a returning row shares is not pinned",

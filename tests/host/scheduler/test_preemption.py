@@ -237,3 +237,29 @@ def test_a_prefill_whose_blocks_the_decodes_took_waits_with_what_it_has(
     sim.check_outputs()
     assert num_waited > 0
     assert depth or num_cut > 0
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_a_copy_that_was_lost_with_the_device_is_computed_again(make_scheduler, make_request, arrives: bool) -> None:
+    cheap = policy.MemoryCosts(swap_block_s=1e-9)
+    scheduler = make_scheduler(num_blocks=9, max_num_seqs=2, num_swap_blocks=8, costs=cheap)
+    for name in ("old", "young"):
+        scheduler.add(make_request(name, 6, 24))
+    while not scheduler.counters.swap_preemptions:
+        plan = scheduler.commit(scheduler.plan())
+        scheduler.digest(plan, np.full(len(plan.sampled_rows), 500, np.int32))
+    (gone,) = list(scheduler.waiting)
+    num_used = scheduler.memory.host.num_used
+    assert num_used == len(gone.swapped) > 0
+    scheduler.requeue_running(plan.swap_out_slots[:0] if arrives else plan.swap_out_slots[-1:])
+    scheduler.check_integrity()
+    assert (gone.swapped is not None) == arrives
+    assert scheduler.memory.host.num_used == (num_used if arrives else 0)
+    stored = {}
+    while scheduler.has_work:
+        plan = scheduler.commit(scheduler.plan())
+        stored |= {scheduler.sequences.sequences[a.row]: a.num_stored for a in plan.admitted}
+        scheduler.digest(plan, np.full(len(plan.sampled_rows), 500, np.int32))
+        if gone in stored:
+            break
+    assert (stored[gone] > 0) == arrives

@@ -182,10 +182,10 @@ def _make_limits(dice: random.Random) -> tuple[dict, dict]:
         "max_num_seqs": num_rows,
         "max_model_len": max_len,
         "max_num_batched_tokens": num_rows + dice.choice([0, 1, 5, 40]),
-        "num_swap_blocks": dice.choice([0, max(1, longest // 2), 2 * longest, 10 * longest]),
+        "num_swap_blocks": dice.choice([0, max(1, longest // 2), 2 * longest, 10 * longest, 10 * longest]),
         "enable_prefix_caching": dice.random() < 0.8,
     }
-    return limits, {"swap_block_s": dice.choice([1e-6, 2e-5, 1e-3])}
+    return limits, {"swap_block_s": dice.choice([1e-7, 1e-7, 2e-5, 1e-3])}
 
 
 def _make_event(kind: str, dice: random.Random, workload: _Workload) -> Event:
