@@ -146,8 +146,9 @@ class Victims:
         num_freed = 0
         while shortage > 0:
             assert candidates, f"{shortage} blocks short and nobody left to give way"
-            # Rows that are about to end give their blocks back by themselves: they come last, one by one.
-            window = candidates[: min(VICTIM_WINDOW, num_staying) or 1]
+            # Rows that are about to end give their blocks back by themselves: they come last, one by one. The oldest
+            # stays while anybody else can go: it is what makes progress certain.
+            window = candidates[: max(min(VICTIM_WINDOW, num_staying - 1), 1)]
             victim, freed, _ = min(map(self._price, window), key=lambda priced: priced[2])
             place = candidates.index(victim.row)
             del candidates[place]

@@ -65,19 +65,22 @@ def chunked_logits(
     kv = init_kv_cache(model, limits.num_blocks, limits.block_size, limits.kv_dtype, as_bits=True)
     state = init_decode_state(limits.max_num_seqs, limits.max_blocks_per_row, model.vocab_size)
     fields = ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens")
-    scheduler = Scheduler(SchedulerLimits(**{name: getattr(limits, name) for name in fields}))
+    sizes = {name: getattr(limits, name) for name in fields}
+    scheduler = Scheduler(SchedulerLimits(**sizes, enable_prefix_caching=False))  # every position's logits are wanted
     found = [np.zeros((len(p), model.vocab_size), np.float32) for p in prompts]
     for i, prompt in enumerate(prompts):
         scheduler.add(Request(str(i), prompt.astype(np.int32), len(prompt) + 1))
     while scheduler.has_work:
-        plan = scheduler.plan()
-        scheduler.commit(plan)
+        plan = scheduler.commit(scheduler.plan())
         s = scheduler.sequences
+        for admitted in plan.admitted:
+            tables = state.block_tables.at[admitted.row, : len(admitted.block_ids)].set(admitted.block_ids)
+            state = replace(state, block_tables=tables)
         packed = pack_step(plan, shape, s.token_ids, s.num_prompt, np.zeros(limits.max_num_seqs, np.int32))
         kv, state, out = run(params, kv, state, packed)
         offset = 0
         for row, start, length in zip(plan.prefill_rows, plan.prefill_starts, plan.prefill_lens, strict=True):
-            found[int(s.requests[row].request_id)][start : start + length] = np.asarray(out)[offset : offset + length]
+            found[int(s.at(row).request.request_id)][start : start + length] = np.asarray(out)[offset : offset + length]
             offset += length
         scheduler.digest(plan, np.zeros(len(plan.sampled_rows), np.int32))
     return found
