@@ -187,6 +187,37 @@ def pressure(report: Report, num_requests: int, swap_share: float, caches: bool,
     report.add(f"pool at 40 %, {name}: steps", num_steps, "")
 
 
+def unshared_run(num_requests: int, caches: bool) -> tuple[float, int]:
+    """Processor microseconds of the scheduler, and tokens, of a batch in which no two prompts begin alike."""
+    limits = SchedulerLimits(
+        num_blocks=4096,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=64,
+        max_model_len=1024,
+        max_num_batched_tokens=256,
+        max_num_queued_reqs=num_requests,
+        enable_prefix_caching=caches,
+    )
+    scheduler, previous = Scheduler(limits), None
+    start = time.thread_time_ns()
+    for index in range(num_requests):
+        scheduler.add(Request(f"r{index}", prompt_of(index, 160), 160 + 64))
+    while scheduler.num_running or scheduler.num_waiting:
+        previous = step(scheduler, previous)
+    return (time.thread_time_ns() - start) / 1e3, num_requests * (160 + 64)
+
+
+def unshared(report: Report, num_requests: int) -> None:
+    """What the prefix cache costs where it can never help, in turns with and without it."""
+    each_us = {
+        caches: [us / tokens for us, tokens in (unshared_run(num_requests, caches) for _ in range(7))]
+        for caches in (True, False)
+    }
+    on, off = float(np.median(each_us[True])), float(np.median(each_us[False]))
+    report.add("no prompt like another, cache on: a token", on, "us")
+    report.add("no prompt like another, cache off: a token", off, "us")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Cost of the host's half of a step.")
     parser.add_argument("--quick", action="store_true", help="a few seconds, rougher figures")
@@ -200,6 +231,7 @@ def main() -> None:
     turnover(report, 256, num_steps // 10)
     cached_arrivals(report, 64, num_steps // 10)
     num_requests = 300 if args.quick else 600
+    unshared(report, num_requests)
     pressure(report, num_requests, 1.0, True, "swap")
     pressure(report, num_requests, 0.0, True, "no swap")
     pressure(report, num_requests, 0.0, False, "no swap, no cache")
