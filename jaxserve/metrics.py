@@ -118,6 +118,7 @@ class EngineMetrics:
         cached_tokens: prompt tokens of finished requests whose KV came from a cache.
         prefix_queries, prefix_hits: prompt tokens looked up in the prefix cache, and found there.
         preemptions_by_means: sequences that gave way, "swap" or "recompute".
+        swap_space_full: of those computed again, the ones that host memory had no room for.
         swapped_out, swapped_in: KV moved to host memory, and back.
         request_success: finished requests by reason.
         rejections: requests refused at admission, by reason.
@@ -132,6 +133,7 @@ class EngineMetrics:
     cached_tokens: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    swap_space_full: int = 0
     preemptions_by_means: dict[str, int] = field(default_factory=lambda: {"swap": 0, "recompute": 0})
     swapped_out: SwapTotals = field(default_factory=SwapTotals)
     swapped_in: SwapTotals = field(default_factory=SwapTotals)

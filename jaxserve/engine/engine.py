@@ -272,6 +272,7 @@ class EngineCore:
         for gone in plan.preempted:
             self._generations[gone.request_id].num_preemptions += 1
             self.metrics.preemptions_by_means["swap" if gone.swapped else "recompute"] += 1
+        self.metrics.swap_space_full = counters.host_full
         for admitted in plan.admitted:
             sequence: Sequence = sequences.sequences[admitted.row]
             generation: Generation = sequence.request.payload

@@ -80,6 +80,7 @@ COUNTERS = (
     Counter("vllm:prefix_cache_hits", "Prefix cache hits, in tokens.", lambda m, _: m.prefix_hits),
     Counter("vllm:gpu_prefix_cache_queries", "Older name of prefix_cache_queries.", lambda m, _: m.prefix_queries),
     Counter("vllm:gpu_prefix_cache_hits", "Older name of vllm:prefix_cache_hits.", lambda m, _: m.prefix_hits),
+    Counter("jaxserve:swap_space_full", "Preemptions for want of host memory.", lambda m, _: m.swap_space_full),
     Counter("jaxserve:steps", "Steps that the engine has run.", lambda _, s: s.num_steps),
     Counter(
         "jaxserve:recompiles_after_ready",

@@ -132,6 +132,7 @@ def test_a_step_and_a_request_reach_the_page():
         e2e_s=0.066,
     )
     metrics.preemptions_by_means["swap"] += 2
+    metrics.swap_space_full = 3
     metrics.swapped_out = SwapTotals(blocks=6, bytes=6144, seconds=0.5)
     metrics.swapped_in.blocks += 4
     metrics.on_rejected("queue_full")
@@ -152,6 +153,7 @@ def test_a_step_and_a_request_reach_the_page():
         ("vllm:cpu_cache_usage_perc", none): 0.25,
         ("jaxserve:prefix_cached_blocks", none): 2,
         ("jaxserve:preemptions_total", frozenset({("means", "swap")})): 2,
+        ("jaxserve:swap_space_full_total", none): 3,
         ("jaxserve:preemptions_total", frozenset({("means", "recompute")})): 0,
         ("jaxserve:swapped_blocks_total", frozenset({("direction", "out")})): 6,
         ("jaxserve:swapped_blocks_total", frozenset({("direction", "in")})): 4,
