@@ -167,4 +167,4 @@ class SwapStore:
 
 def checksum(block: np.ndarray) -> int:
     """CRC-32 of an array's bytes."""
-    return zlib.crc32(np.ascontiguousarray(block).view(np.uint8).reshape(-1))
+    return zlib.crc32(np.ascontiguousarray(block).view(np.uint8).reshape(-1).data)
