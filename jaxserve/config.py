@@ -120,6 +120,10 @@ class EngineConfig:
         verify_swaps: checksum every block on its way to host memory and back. For tests: about 1 GB/s.
         seed: draws the seeds of requests that bring none.
         async_scheduling: plan step n+1 while step n runs. Off: digest each step before the next.
+        max_decode_steps: tokens a row that one call of the device may decode while nothing waits; at most block_size
+            count. 1 turns the loop off.
+        stream_interval_ms: how long such a call may take by what earlier ones took: a newcomer waits for the one that
+            runs, and tokens reach their readers when it ends. An offline run has no such bound.
         compilation_cache_dir: where compiled programs are kept between starts; None keeps none. It must
             belong to this user with mode 0700: what lies there is executed.
     """
@@ -139,10 +143,15 @@ class EngineConfig:
     verify_swaps: bool = False
     seed: int = 0
     async_scheduling: bool = True
+    max_decode_steps: int = 16
+    stream_interval_ms: float = 20.0
     compilation_cache_dir: str | None = "~/.cache/jaxserve/xla"
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+        for name in (
+            *("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"),
+            "max_decode_steps",
+        ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}.")
@@ -152,6 +161,8 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
         if not self.queue_timeout >= 0:
             raise ConfigError(f"queue_timeout must be at least 0 seconds, got {self.queue_timeout}.")
+        if not self.stream_interval_ms >= 0:
+            raise ConfigError(f"stream_interval_ms must be at least 0, got {self.stream_interval_ms}.")
         if not 0 <= self.swap_space < float("inf"):
             raise ConfigError(f"swap_space must be a number of GiB of at least 0, got {self.swap_space}.")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:
@@ -172,6 +183,7 @@ class EngineLimits:
         q_tile, kv_tile: tokens a tile in XLA attention.
         num_swap_blocks: blocks that host memory holds for preempted sequences.
         swap_buckets: the block counts that copies to and from host memory are compiled for, ascending.
+        max_decode_steps: decode steps that one call of the device can run.
     """
 
     max_model_len: int
@@ -187,6 +199,12 @@ class EngineLimits:
     kv_tile: int
     num_swap_blocks: int = 0
     swap_buckets: tuple[int, ...] = ()
+    max_decode_steps: int = 1
+
+    @property
+    def decode_bucket(self) -> int:
+        """The smallest of `token_buckets` that holds a token of each row."""
+        return min(size for size in self.token_buckets if size >= self.max_num_seqs)
 
     @property
     def num_kv_tokens(self) -> int:

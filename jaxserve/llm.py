@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,7 @@ class LLM:
         self._tokenizer = Tokenizer.from_folder(folder)
         self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)
         try:
+            config.setdefault("stream_interval_ms", math.inf)  # nobody reads before the end
             engine_config = EngineConfig(**config)
         except TypeError as error:
             fields = ", ".join(EngineConfig.__dataclass_fields__)

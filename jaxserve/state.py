@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int, UInt, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 from jaxserve.config import ModelConfig
 from jaxserve.types import (
@@ -27,6 +27,7 @@ from jaxserve.types import (
 
 HISTORY = MAX_BAD_WORD_TOKENS - 1  # output tokens that a bad word can reach back over
 LOGPROB_COLUMNS = 2 + 2 * MAX_LOGPROBS  # logprob, rank, top ids, top logprobs
+HEADER_LEN = 4  # num_decode, num_tiles, features, num_steps
 BEAM_COLUMNS = 2 + 2 * MAX_BEAM_WIDTH  # parent row, score, stop tokens, scores with them
 
 # Bits of a row's, and by OR of a step's, features: what the sampler must do beyond an argmax.
@@ -45,6 +46,7 @@ class StepShape:
         max_blocks: M, entries of a row's block table, a multiple of `kv_tile` / `block_size`.
         block_size: C, tokens a block.
         q_tile, kv_tile: tokens a tile of the attention over prefill chunks, and of keys.
+        max_steps: K, decode steps that one call can run; 1 where a smaller bucket holds a token of each row.
     """
 
     num_tokens: int
@@ -53,6 +55,7 @@ class StepShape:
     block_size: int
     q_tile: int
     kv_tile: int
+    max_steps: int = 1
 
     @property
     def num_samples(self) -> int:
@@ -78,7 +81,7 @@ class StepShape:
     @cached_property
     def _fields(self) -> dict[str, tuple[int, int]]:
         lengths = {
-            "header": 3,
+            "header": HEADER_LEN,
             "tokens": self.num_tokens,
             "positions": self.num_tokens,
             "rows": self.num_tokens,
@@ -109,6 +112,7 @@ class StepBatch:
 
     Attributes:
         num_decode, num_tiles, features: scalars; features is an OR of bits.
+        num_steps: more than 1 for decode rows alone: how many tokens each feeds, one after the other.
         tokens: -1 stands for the row's last sampled token.
         targets: for prompt logprobs: the token that follows, or -1.
         stored: 1 where the token's key and value lie in its block already, which others may share.
@@ -120,6 +124,7 @@ class StepBatch:
     num_decode: Int[Array, ""]
     num_tiles: Int[Array, ""]
     features: Int[Array, ""]
+    num_steps: Int[Array, ""]
     tokens: Int[Array, " tokens"]
     positions: Int[Array, " tokens"]
     rows: Int[Array, " tokens"]
@@ -137,8 +142,8 @@ class StepBatch:
 def unpack(packed: Int[Array, " packed"], shape: StepShape) -> StepBatch:
     """The fields of a packed step, as slices on the device."""
     parts = {name: packed[offset : offset + length] for name, (offset, length) in shape.fields().items()}
-    num_decode, num_tiles, features = parts.pop("header")
-    return StepBatch(num_decode=num_decode, num_tiles=num_tiles, features=features, **parts)
+    num_decode, num_tiles, features, num_steps = parts.pop("header")
+    return StepBatch(num_decode=num_decode, num_tiles=num_tiles, features=features, num_steps=num_steps, **parts)
 
 
 @struct.dataclass
@@ -160,6 +165,7 @@ class SamplingState:
     key: UInt[Array, "rows 2"]
     num_prompt: Int[Array, " rows"]
     min_position: Int[Array, " rows"]  # stop tokens may not be sampled for positions before this
+    max_len: Int[Array, " rows"]  # tokens, the prompt included, with which the sequence ends
     stop_ids: Int[Array, "rows stops"]  # padded with the vocabulary's size
     bias_ids: Int[Array, "rows biases"]  # padded with the vocabulary's size
     bias_values: Float[Array, "rows biases"]
@@ -190,6 +196,8 @@ class DecodeState:
 
     Attributes:
         last_token: the token sampled last; decode rows feed it.
+        ended: the row's sequence has ended, which the host may not know yet: it feeds nothing any more. Of beams the
+            search says when they end.
         block_tables: [R, M] the host's tables, kept equal by each step's updates.
         history: [R, 15] the latest output tokens, newest last, -1 where there is none.
         prompt_seen, output_counts: [R, V] which tokens were fed as prompt, how often as output. Reset
@@ -197,6 +205,7 @@ class DecodeState:
     """
 
     last_token: Int[Array, " rows"]
+    ended: Bool[Array, " rows"]
     block_tables: Int[Array, "rows blocks"]
     history: Int[Array, "rows history"]
     prompt_seen: UInt8[Array, "rows vocab"]
@@ -210,14 +219,15 @@ class StepOutput:
     """What a step gives back.
 
     Attributes:
-        sampled: int32 [S, 2]: the token, and 1 where its logits were not finite.
-        logprobs: int32 [S, 42]: see `ops.logprobs`; zeros unless a row asked.
+        sampled: int32 [K, S, 2]: of each decode step the token, and 1 where its logits were not finite. After a row's
+            end, and past the step's num_steps, nobody's.
+        logprobs: int32 [K, S, 42]: see `ops.logprobs`; zeros unless a row asked.
         prompt_logprobs: int32 [T, 42]: the same for each fed token's successor.
         beams: int32 [S, 34]: see `ops.beams.select_beams`; zeros unless a row is a beam.
     """
 
-    sampled: Int[Array, "samples 2"]
-    logprobs: Int[Array, "samples columns"]
+    sampled: Int[Array, "steps samples 2"]
+    logprobs: Int[Array, "steps samples columns"]
     prompt_logprobs: Int[Array, "tokens columns"]
     beams: Int[Array, "samples beam_columns"]
 
@@ -259,6 +269,7 @@ def init_decode_state(max_rows: int, max_blocks: int, vocab_size: int) -> Decode
         key=jnp.zeros((rows, 2), jnp.uint32),
         num_prompt=jnp.zeros((rows,), jnp.int32),
         min_position=jnp.zeros((rows,), jnp.int32),
+        max_len=jnp.zeros((rows,), jnp.int32),
         stop_ids=jnp.full((rows, MAX_STOP_TOKEN_IDS), vocab_size, jnp.int32),
         bias_ids=jnp.full((rows, MAX_LOGIT_BIAS), vocab_size, jnp.int32),
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
@@ -267,6 +278,7 @@ def init_decode_state(max_rows: int, max_blocks: int, vocab_size: int) -> Decode
     )
     return DecodeState(
         last_token=jnp.zeros((rows,), jnp.int32),
+        ended=jnp.zeros((rows,), bool),
         block_tables=jnp.zeros((rows, max_blocks), jnp.int32),
         history=jnp.full((rows, HISTORY), -1, jnp.int32),
         prompt_seen=jnp.zeros((rows, vocab_size), jnp.uint8),

@@ -7,11 +7,12 @@ stream with a row and a position.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from jaxserve.config import ModelConfig
 from jaxserve.models.decoder import forward, logits
@@ -21,6 +22,7 @@ from jaxserve.ops.paged_attention import paged_attention, write_kv
 from jaxserve.ops.sampling import sample
 from jaxserve.state import (
     BEAM,
+    BEAM_COLUMNS,
     HISTORY,
     LOGPROB_COLUMNS,
     LOGPROBS,
@@ -35,6 +37,8 @@ from jaxserve.state import (
 )
 from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
+_Loop = tuple[jax.Array, KVCache, DecodeState, StepBatch, StepOutput]  # index of the step first
+
 
 def step(
     params: dict[str, Any],
@@ -48,30 +52,82 @@ def step(
 ) -> tuple[KVCache, DecodeState, StepOutput]:
     """Feeds one stream of tokens and samples one token for each row that asks.
 
+    If the stream is decode rows alone, it can go on with the sampled tokens for `num_steps` steps in one loop on the
+    device. A row leaves it with a stop token, at its longest, or when its logits are not finite; the loop ends
+    early when no row is left.
+
     Donates: kv, state.
     Static: config, shape, max_model_len.
     """
     batch = unpack(packed, shape)
-    state, batch = _apply_updates(state, batch)
+    tables = state.block_tables.at[batch.update_rows, batch.update_cols].set(batch.update_ids, mode="drop")
+    state = replace(state, block_tables=tables)
+    batch = _without_ended(state, batch, shape)
+    run = partial(_step, params, config=config, shape=shape, max_model_len=max_model_len)
+    if shape.max_steps == 1:
+        kv, state, _, out = run(kv, state, batch)
+        return kv, state, out
+
+    def is_wanted(carry: _Loop) -> jax.Array:
+        index, _, _, batch, _ = carry
+        is_left = jnp.any(batch.sample_rows < shape.max_rows)
+        return (index == 0) | ((index < batch.num_steps) & is_left)
+
+    def body(carry: _Loop) -> _Loop:
+        index, kv, state, batch, out = carry
+        kv, state, batch, one = run(kv, state, batch)
+        place = lambda all_, new: jax.lax.dynamic_update_slice_in_dim(all_, new, index, axis=0)  # noqa: E731
+        out = replace(one, sampled=place(out.sampled, one.sampled), logprobs=place(out.logprobs, one.logprobs))
+        return index + 1, kv, state, batch, out
+
+    _, kv, state, _, out = jax.lax.while_loop(is_wanted, body, (jnp.int32(0), kv, state, batch, _no_output(shape)))
+    return kv, state, out
+
+
+def _no_output(shape: StepShape) -> StepOutput:
+    num_steps, num_samples = shape.max_steps, shape.num_samples
+    return StepOutput(
+        sampled=jnp.zeros((num_steps, num_samples, 2), jnp.int32),
+        logprobs=jnp.zeros((num_steps, num_samples, LOGPROB_COLUMNS), jnp.int32),
+        prompt_logprobs=jnp.zeros((shape.num_tokens, LOGPROB_COLUMNS), jnp.int32),
+        beams=jnp.zeros((num_samples, BEAM_COLUMNS), jnp.int32),
+    )
+
+
+def _step(
+    params: dict[str, Any],
+    kv: KVCache,
+    state: DecodeState,
+    batch: StepBatch,
+    *,
+    config: ModelConfig,
+    shape: StepShape,
+    max_model_len: int,
+) -> tuple[KVCache, DecodeState, StepBatch, StepOutput]:
+    """One pass over the stream. The batch that comes back feeds what decode rows sampled; of others it is nothing."""
+    last_token = state.last_token[jnp.minimum(batch.rows, shape.max_rows - 1)]
+    batch = replace(batch, tokens=jnp.where(batch.tokens < 0, last_token, batch.tokens))
     hidden, kv = _forward(params, kv, state, batch, config, shape, max_model_len)
     state = _record_fed(state, batch, shape)
     index = jnp.minimum(batch.sample_index, shape.num_tokens - 1)
+    positions = batch.positions[index] + 1
     raw = logits(params, hidden[index])
-    tokens, finite = sample(raw, state, batch.sample_rows, batch.positions[index] + 1, batch.features)
+    tokens, finite = sample(raw, state, batch.sample_rows, positions, batch.features)
     tokens, beams, beam_answer = jax.lax.cond(
         (batch.features & BEAM) != 0,
         lambda: select_beams(raw, tokens, state, batch.sample_rows),
         lambda: no_beams(tokens, state),
     )
     last_token = state.last_token.at[batch.sample_rows].set(tokens, mode="drop")
-    state = replace(state, last_token=last_token, beams=beams)
+    ended = state.ended.at[batch.sample_rows].set(_ends(state, batch, tokens, positions, finite), mode="drop")
+    state = replace(state, last_token=last_token, ended=ended, beams=beams)
     out = StepOutput(
-        sampled=jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1),
+        sampled=jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1)[None],
         logprobs=jax.lax.cond(
             (batch.features & LOGPROBS) != 0,
             lambda: pack_logprobs(raw, tokens),
             lambda: jnp.zeros((shape.num_samples, LOGPROB_COLUMNS), jnp.int32),
-        ),
+        )[None],
         prompt_logprobs=jax.lax.cond(
             (batch.features & PROMPT_LOGPROBS) != 0,
             lambda: pack_prompt_logprobs(params, hidden, batch.targets),
@@ -79,15 +135,35 @@ def step(
         ),
         beams=beam_answer,
     )
-    return kv, state, out
+    following = replace(batch, tokens=jnp.full_like(batch.tokens, -1), positions=batch.positions + 1)
+    return kv, state, _without_ended(state, following, shape), out
 
 
-def _apply_updates(state: DecodeState, batch: StepBatch) -> tuple[DecodeState, StepBatch]:
-    """Block tables brought up to date, and -1 tokens replaced by their rows' last ones."""
-    tables = state.block_tables.at[batch.update_rows, batch.update_cols].set(batch.update_ids, mode="drop")
-    last = state.last_token[jnp.minimum(batch.rows, state.last_token.shape[0] - 1)]
-    tokens = jnp.where(batch.tokens < 0, last, batch.tokens)
-    return replace(state, block_tables=tables), replace(batch, tokens=tokens)
+def _without_ended(state: DecodeState, batch: StepBatch, shape: StepShape) -> StepBatch:
+    """The batch without the tokens of rows that have ended: they write nothing, and their attention is short."""
+    ended = state.ended[jnp.minimum(batch.rows, shape.max_rows - 1)]
+    sample_ended = state.ended[jnp.minimum(batch.sample_rows, shape.max_rows - 1)]
+    return replace(
+        batch,
+        positions=jnp.where(ended, 0, batch.positions),
+        rows=jnp.where(ended, shape.max_rows, batch.rows),
+        sample_rows=jnp.where(sample_ended, shape.max_rows, batch.sample_rows),
+    )
+
+
+def _ends(
+    state: DecodeState, batch: StepBatch, tokens: jax.Array, positions: jax.Array, finite: jax.Array
+) -> Bool[Array, " samples"]:
+    """Which rows' sequences end with what they sampled, as `scheduler.finish` will say of them a step later.
+
+    Args:
+        positions: where the tokens will stand.
+    """
+    row, s = jnp.minimum(batch.sample_rows, state.last_token.shape[0] - 1), state.sampling
+    lengths = positions + 1
+    stops = jnp.any(s.stop_ids[row] == tokens[:, None], axis=-1) & (lengths >= s.min_position[row])
+    ends = stops | (lengths >= s.max_len[row]) | ~finite
+    return ends & ((s.features[row] & BEAM) == 0)
 
 
 def _forward(
@@ -180,6 +256,7 @@ def row_fields(max_blocks: int) -> dict[str, int]:
         "key": 2,
         "num_prompt": 1,
         "min_position": 1,
+        "max_len": 1,
         "reset_counts": 1,
         "history": HISTORY,
         "stop_ids": MAX_STOP_TOKEN_IDS,
@@ -230,6 +307,7 @@ def admit_row(state: DecodeState, packed: Int[Array, " packed"]) -> DecodeState:
 
     return replace(
         state,
+        ended=state.ended.at[row].set(False),
         block_tables=state.block_tables.at[row].set(block_table),
         history=state.history.at[row].set(history),
         prompt_seen=clear(state.prompt_seen),

@@ -259,6 +259,7 @@ def pack_row(
         "key": np.asarray([params.seeds[index]], np.int64).view(np.uint32).view(np.int32),
         "num_prompt": params.num_prompt,
         "min_position": params.num_prompt + p.min_tokens,
+        "max_len": params.max_total_len,
         "reset_counts": bool(features & PENALTIES),
         "history": history,
         "stop_ids": stop_ids,

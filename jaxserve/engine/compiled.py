@@ -97,6 +97,7 @@ def step_shape(limits: EngineLimits, num_tokens: int) -> StepShape:
         block_size=limits.block_size,
         q_tile=min(limits.q_tile, num_tokens),
         kv_tile=limits.kv_tile,
+        max_steps=limits.max_decode_steps if num_tokens <= limits.decode_bucket else 1,
     )
 
 

@@ -27,13 +27,14 @@ from jaxserve.metrics import EngineMetrics
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
-from jaxserve.scheduler.sequences import Request, Sequence
+from jaxserve.scheduler.sequences import Request
 from jaxserve.state import PROMPT_LOGPROBS, tree_device_bytes
 from jaxserve.types import BeamSearchParams, Delta, EngineStats, FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
 
 MAX_FAILURES_IN_A_ROW = 3  # of the device; then the engine is declared dead
+_STEP_WEIGHT = 0.25  # of the newest decode step in the moving average of what one takes
 MAX_FRUITLESS_FAILURES = 20  # the same where steps go well in between, but none gives anybody a token
 
 
@@ -88,6 +89,7 @@ class EngineCore:
         self._committed: StepPlan | None = None  # and not dispatched
         self._pending: _Pending | None = None
         self._num_steps = self._num_failures = self._num_fruitless = 0
+        self._decode_step_s = 0.0  # of late; 0 before the first
         self._busy_since = self._last_answer_s = time.monotonic()
         self._compilations = compile_counter()
         self._compilations_at_ready = self._compilations.count
@@ -236,8 +238,9 @@ class EngineCore:
         return deltas
 
     def _step(self) -> list[tuple[Any, Delta]]:
+        self.wait_for_loop()
         before, self._pending = self._pending, None
-        decision = self.scheduler.plan()
+        decision = self.scheduler.plan(self._num_steps_ahead())
         if not decision.is_empty:
             self._committed = self.scheduler.commit(decision)
             self._pending = self._dispatch(self._committed)
@@ -248,14 +251,29 @@ class EngineCore:
             deltas += self._digest(after)
         return deltas
 
+    def wait_for_loop(self) -> None:
+        """Returns when the loop of several decode steps that the device may be in has ended.
+
+        Who arrives meanwhile gets into the next plan, and so waits for one loop at most. Any other step is short
+        enough to plan the next one while it runs.
+        """
+        if self._pending is not None and self._pending.running.plan.num_steps > 1:
+            self.runner.wait(self._pending.running)
+
+    def _num_steps_ahead(self) -> int:
+        """Decode steps that fit the time after which readers want to see tokens, by what the latest ones took."""
+        step_s, interval_s = self._decode_step_s, 1e-3 * self.config.stream_interval_ms
+        if not step_s:
+            return 1
+        return int(min(max(interval_s / step_s, 1), self.limits.max_decode_steps))
+
     def _dispatch(self, plan: StepPlan) -> _Pending:
         sequences = self.scheduler.sequences
         if plan.admitted or plan.preempted:
             self._note_moves(plan)
         pending = _Pending(self.runner.run(plan, sequences))
         for group in plan.beam_groups:
-            leader: Sequence = sequences.sequences[group[0]]
-            pending.searches.append(leader.request.payload)
+            pending.searches.append(sequences.at(group[0]).request.payload)
         offset = len(plan.decode_rows)
         for row, start, length in zip(
             plan.prefill_rows.tolist(), plan.prefill_starts.tolist(), plan.prefill_lens.tolist(), strict=True
@@ -274,7 +292,7 @@ class EngineCore:
             self.metrics.preemptions_by_means["swap" if gone.swapped else "recompute"] += 1
         self.metrics.swap_space_full = counters.host_full
         for admitted in plan.admitted:
-            sequence: Sequence = sequences.sequences[admitted.row]
+            sequence = sequences.at(admitted.row)
             generation: Generation = sequence.request.payload
             params = generation.admitted
             # Of prompt logprobs nothing is left to do where they were delivered, or no token but the last is fed.
@@ -295,22 +313,30 @@ class EngineCore:
         now = time.monotonic()
         for generation, start, offset, length in pending.prompt_logprobs:
             generation.collect_prompt_logprobs(start, offset, length, answer)
-        assert not len(answer.tokens) or 0 <= answer.tokens.min() <= answer.tokens.max() < self.model.vocab_size
+        tokens = answer.tokens
+        assert not tokens.size or 0 <= tokens.min() <= tokens.max() < self.model.vocab_size
         failed = answer.failed if answer.failed.any() else None
-        events = self.scheduler.digest(plan, answer.tokens, failed, answer.beams)
+        if plan.num_steps > 1:
+            steps = self.scheduler.digest_loop(plan, tokens, failed)
+        else:
+            steps = (self.scheduler.digest(plan, tokens[0], None if failed is None else failed[0], answer.beams),)
         for generation in pending.searches:
             generation.first_token_s = now
-        gains = gains_of(events, answer, now)
+        gains = gains_of(steps, answer, now)
         for generation, reason in gains.ended:
             self._end(generation, reason, now)
-        self._num_steps += 1
+        self._num_steps += len(steps)
         if not plan.is_empty:
+            self._count_step(pending.running, gains, len(steps))
             self._last_answer_s = now
-            self._count_step(pending.running, gains)
         return gains.deltas
 
-    def _count_step(self, running: RunningStep, gains: Gains) -> None:
+    def _count_step(self, running: RunningStep, gains: Gains, num_steps: int) -> None:
         num_prefill = int(running.plan.prefill_lens.sum())
+        if not num_prefill:
+            begin_s = max(running.dispatched_s, self._last_answer_s)  # the device took the one before first
+            step_s = (gains.now - begin_s) / num_steps
+            self._decode_step_s += _STEP_WEIGHT * (step_s - self._decode_step_s) if self._decode_step_s else step_s
         self.metrics.on_step(
             kind="decode" if not num_prefill else "mixed" if len(running.plan.decode_rows) else "prefill",
             step_s=gains.now - running.dispatched_s,

@@ -5,6 +5,7 @@ Owns how a step's events become deltas, and what is timed of each request. It di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,36 +124,44 @@ class Gains:
         self.deltas.append((generation.owner, Delta(finish_reason="error", error=error)))
         self.ended.append((generation, "error"))
 
-    def add_token(
-        self, generation: Generation, index: int, token: int, columns: np.ndarray | None, ending: Finished | None
+    def add_tokens(
+        self,
+        generation: Generation,
+        index: int,
+        tokens: tuple[int, ...],
+        columns: np.ndarray | None,
+        ending: Finished | None,
     ) -> None:
-        """One sequence's new token.
+        """One sequence's new tokens, as one delta.
 
         Args:
             index: which of the request's sequences.
-            columns: int32[42] the token's logprobs (`ops.logprobs`), if the step has any.
-            ending: how the sequence ended with it, if it did.
+            tokens: at least one.
+            columns: int32[len(tokens), 42] their logprobs (`ops.logprobs`), if the step has any.
+            ending: how the sequence ended with the last of them, if it did.
         """
-        num_cached, prompt_logprobs = 0, None
+        num_cached, prompt_logprobs, num_new = 0, None, len(tokens)
         continuation, sampling = generation.continuations[index], generation.admitted.sampling
         if generation.first_token_s is None:
             generation.first_token_s = self.now
             self.ttft_s.append(self.now - generation.arrival_s)
             num_cached, prompt_logprobs = generation.num_cached_tokens, generation.take_prompt_logprobs()
         elif continuation.num_output:
-            self.inter_token_s.append(self.now - continuation.last_token_s)
+            self.inter_token_s += [(self.now - continuation.last_token_s) / num_new] * num_new
         generation.last_token_s = continuation.last_token_s = self.now
-        continuation.num_output += 1
-        self.num_tokens += 1
+        continuation.num_output += num_new
+        self.num_tokens += num_new
         logprobs = logprob_sum = None
         if generation.admitted.is_scored:
             assert columns is not None
-            entry = unpack_logprobs(columns, token, sampling.logprobs or 0)
-            continuation.logprob_sum += entry.logprob
-            logprobs = (entry,) if sampling.logprobs is not None else None
+            num_top = sampling.logprobs or 0
+            entries = tuple(unpack_logprobs(row, token, num_top) for row, token in zip(columns, tokens, strict=True))
+            for entry in entries:
+                continuation.logprob_sum += entry.logprob
+            logprobs = entries if sampling.logprobs is not None else None
             logprob_sum = None if ending is None else continuation.logprob_sum
         delta = Delta(
-            (token,),
+            tokens,
             logprobs,
             prompt_logprobs,
             None if ending is None else ending.reason,
@@ -186,21 +195,27 @@ class Gains:
         self.ended.append((generation, hypotheses[-1].reason))
 
 
-def gains_of(events: StepEvents, answer: StepAnswer, now: float) -> Gains:
-    """The deltas of a digested step, and what is to be counted of it.
+def gains_of(steps: Sequence[StepEvents], answer: StepAnswer, now: float) -> Gains:
+    """The deltas of a digested plan, and what is to be counted of it.
 
-    Cost: 4 us a token.
+    Args:
+        steps: the events of each of its steps; a row is live in the first so many.
+
+    Cost: 4 us a row.
     """
     gains = Gains(now)
-    endings = {ending.index: ending for ending in events.finished}
-    failed = {ending.sequence.request for ending in events.finished if ending.reason == "error"}
+    endings = {ending.index: ending for events in steps for ending in events.finished}
+    failed = {ending.sequence.request for ending in endings.values() if ending.reason == "error"}
     for request in failed:
         gains.fail(request.payload)
-    steps = zip(events.tokens.tolist(), events.sequences.tolist(), events.live.tolist(), strict=True)
-    for place, (token, sequence, live) in enumerate(steps):
-        if live and sequence.request not in failed:  # siblings of one that failed end with it
-            columns = None if answer.logprobs is None else answer.logprobs[place]
-            gains.add_token(sequence.request.payload, sequence.index, token, columns, endings.get(place))
-    for request, hypotheses in events.beams:
+    first = steps[0]
+    counts = first.live if len(steps) == 1 else np.sum([events.live for events in steps], axis=0)
+    rows = zip(answer.tokens.T.tolist(), first.sequences.tolist(), counts.tolist(), strict=True)
+    for place, (tokens, sequence, count) in enumerate(rows):
+        if count and sequence.request not in failed:  # siblings of one that failed end with it
+            columns = None if answer.logprobs is None else answer.logprobs[:count, place]
+            made = tuple(tokens[:count])
+            gains.add_tokens(sequence.request.payload, sequence.index, made, columns, endings.get(place))
+    for request, hypotheses in first.beams:
         gains.add_hypotheses(request.payload, hypotheses)
     return gains

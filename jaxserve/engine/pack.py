@@ -52,7 +52,8 @@ def pack_step(
     if len(plan.prefill_rows):
         step_features |= int(np.bitwise_or.reduce(features[plan.prefill_rows])) & PROMPT_LOGPROBS
         num_tiles = _pack_prefill(plan, shape, fields, token_ids, num_prompt, step_features)
-    fields["header"][:] = (num_decode, num_tiles, step_features)
+    assert plan.num_steps <= shape.max_steps, (plan.num_steps, shape)
+    fields["header"][:] = (num_decode, num_tiles, step_features, plan.num_steps)
     return packed
 
 

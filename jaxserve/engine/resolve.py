@@ -63,6 +63,7 @@ def resolve_engine_config(
         kv_tile=kv_tile,
         num_swap_blocks=num_swap_blocks,
         swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
+        max_decode_steps=min(config.max_decode_steps, config.block_size),  # so that a row opens one block at most
     )
 
 

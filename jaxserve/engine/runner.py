@@ -5,6 +5,7 @@ It runs plans and returns answers; what they mean is `engine.EngineCore`'s busin
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping
@@ -60,9 +61,9 @@ class StepAnswer:
     """A step's output on the host.
 
     Attributes:
-        tokens: int32 [S] in the order of `plan.sampled_rows`.
-        failed: bool [S] where the logits were not finite.
-        logprobs: int32 [S, 42] (`ops.logprobs`), or None if no row asked.
+        tokens: int32 [num_steps, S] in the order of `plan.sampled_rows`; what follows a sequence's end is nobody's.
+        failed: bool [num_steps, S] where the logits were not finite.
+        logprobs: int32 [num_steps, S, 42] (`ops.logprobs`), or None if no row asked.
         prompt_logprobs: int32 [T, 42] in stream order, or None if no row asked.
         beams: what it says of beams, or None if no row is one.
     """
@@ -212,18 +213,24 @@ class Runner:
 
     def fetch(self, running: RunningStep) -> StepAnswer:
         """Waits for a step and brings its answer to the host."""
-        output, wants = running.output, running.features
+        output, wants, num_steps = running.output, running.features, running.plan.num_steps
         if output is None:
-            return StepAnswer(np.empty(0, np.int32), np.empty(0, bool), None, None, None)
+            return StepAnswer(np.empty((1, 0), np.int32), np.empty((1, 0), bool), None, None, None)
         num_sampled = len(running.plan.sampled_rows)
-        sampled = np.asarray(output.sampled)[:num_sampled]
+        sampled = np.asarray(output.sampled)[:num_steps, :num_sampled]
         return StepAnswer(
-            tokens=sampled[:, 0],
-            failed=sampled[:, 1] != 0,
-            logprobs=np.asarray(output.logprobs) if wants & LOGPROBS else None,
+            tokens=sampled[:, :, 0],
+            failed=sampled[:, :, 1] != 0,
+            logprobs=np.asarray(output.logprobs)[:num_steps] if wants & LOGPROBS else None,
             prompt_logprobs=np.asarray(output.prompt_logprobs) if wants & PROMPT_LOGPROBS else None,
             beams=unpack_answer(np.asarray(output.beams)[:num_sampled]) if wants & BEAM else None,
         )
+
+    def wait(self, running: RunningStep) -> None:
+        """Returns when the step has ended, well or not: `fetch` says which."""
+        if running.output is not None:
+            with contextlib.suppress(Exception):
+                jax.block_until_ready(running.output.sampled)
 
 
 def line_through(seconds: Mapping[int, float]) -> tuple[float, float]:

@@ -39,6 +39,7 @@ def commit(decision: Decision, sequences: SequenceTable, memory: KVMemory, waiti
         step=decision.step,
         decode_rows=frozen(decision.decode_rows),
         decode_positions=decision.decode_positions,
+        num_steps=decision.num_steps,
         **_columns(decision.chunks),
         block_rows=frozen(rows),
         block_cols=frozen(cols),
@@ -85,7 +86,7 @@ def _make_way(
         return (), (NO_IDS, NO_IDS)
     out_blocks, out_slots, preempted = [NO_IDS], [NO_IDS], []
     for victim in decision.victims:
-        sequence: Sequence = sequences.sequences[victim.row]
+        sequence = sequences.at(victim.row)
         sequence.num_preemptions += 1
         # Tokens in flight are dropped: the host does not know them, so their KV is worth nothing.
         num_stored = int(min(sequences.num_computed[victim.row], sequences.num_known[victim.row]))
@@ -155,9 +156,9 @@ def _let_in(entries: tuple[Entry, ...], sequences: SequenceTable, memory: KVMemo
 
 
 def _opened(decision: Decision, block_size: int) -> _Pairs:
-    """Rows and columns of the block table where the decode rows' tokens begin a block."""
+    """Rows and columns of the block tables where decode rows' tokens begin a block, the next from their position on."""
     at = decision.opens_block.nonzero()[0]
-    return decision.decode_rows[at], decision.decode_positions[at].astype(np.intp) // block_size
+    return decision.decode_rows[at], (decision.decode_positions[at].astype(np.intp) + block_size - 1) // block_size
 
 
 def _extend_chunks(decision: Decision, memory: KVMemory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -80,8 +80,11 @@ class Decision:
     Attributes:
         step: counts from 0.
         rows: intp[D + chunks] rows that have a token in the step, those that are yet to be given out included.
-        decode_rows, decode_positions: [D] rows that feed the token they sampled last, and its position.
-        opens_block: bool[D] whose token is the first of a block.
+        decode_rows, decode_positions: [D] rows that feed the token they sampled last, and its position; in a loop of
+            several steps, the first one's.
+        num_steps: decode steps that the device runs in one loop. A row whose sequence gets to its longest before takes
+            part in fewer.
+        opens_block: bool[D] of whose tokens one is the first of a block.
         copy_rows: [X] of the decode rows, those whose token goes to a block that others hold too.
         chunks: in order of service.
         entries: in order of admission.
@@ -94,6 +97,7 @@ class Decision:
     rows: np.ndarray
     decode_rows: np.ndarray
     decode_positions: np.ndarray
+    num_steps: int
     opens_block: np.ndarray
     copy_rows: np.ndarray
     chunks: tuple[Chunk, ...]
@@ -109,4 +113,5 @@ class Decision:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the stream that the device is fed; what a loop feeds after its first step is not among them."""
         return len(self.decode_rows) + sum(chunk.length for chunk in self.chunks)

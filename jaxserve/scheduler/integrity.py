@@ -1,7 +1,7 @@
 """What must hold between the scheduler's tables, whatever has happened: checked from scratch.
 
 Property tests ask after every operation, the idle engine asks itself. The names I1 to I21 are those of
-`docs/architecture.md`.
+`docs/kv-memory.md`.
 """
 
 from __future__ import annotations

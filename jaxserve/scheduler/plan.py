@@ -62,6 +62,8 @@ class StepPlan:
         step: counts from 0.
         decode_rows: [D] rows that feed the token they sampled last, ascending.
         decode_positions: [D] the position of that token.
+        num_steps: decode steps that run one after the other, each feeding what the one before sampled. More than 1
+            only where nothing but decode rows is fed. A row leaves the loop when its sequence ends.
         prefill_rows: [N] rows whose known tokens are fed, in order of service; a row occurs once.
         prefill_starts: [N] position of the chunk's first token.
         prefill_lens: [N] tokens in the chunk, at least 1.
@@ -85,6 +87,7 @@ class StepPlan:
     step: int
     decode_rows: np.ndarray
     decode_positions: np.ndarray
+    num_steps: int
     prefill_rows: np.ndarray
     prefill_starts: np.ndarray
     prefill_lens: np.ndarray

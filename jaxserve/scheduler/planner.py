@@ -90,8 +90,12 @@ class _Prefills:
         return True
 
 
-def decide_step(view: SchedulerView, step: int) -> Decision:
+def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
     """The next step's decision.
+
+    Args:
+        max_steps: decode steps that the device may run in one loop, at most the tokens of a block. It does where there
+            is nothing to do but to decode, nothing waits, and the blocks are free.
 
     Cost: a decode iteration touches no Python object of a sequence; prefill rows and admissions are looped over.
     """
@@ -107,6 +111,9 @@ def decide_step(view: SchedulerView, step: int) -> Decision:
         admission = Admission(view.limits, view.sequences, view.memory, num_free)
         groups = _start_searches(view, prefills, admission, entries)
         _feed_admitted(view, prefills, admission, entries)
+    num_steps = 1
+    if max_steps > 1 and not (prefills.chunks or victims or len(view.waiting)):
+        num_steps = _look_ahead(view, decodes, max_steps)
     rows = decode_rows = frozen(decodes.rows, np.intp)
     if prefills.chunks:
         rows = frozen(np.concatenate([rows, [chunk.row for chunk in prefills.chunks]]), np.intp)
@@ -115,6 +122,7 @@ def decide_step(view: SchedulerView, step: int) -> Decision:
         rows=rows,
         decode_rows=decode_rows,
         decode_positions=frozen(decodes.positions),
+        num_steps=num_steps,
         opens_block=frozen(decodes.opens_block, bool),
         copy_rows=frozen(decodes.copy_rows, np.intp),
         chunks=tuple(prefills.chunks),
@@ -143,6 +151,27 @@ def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
     decodes = decodes.without(gone)
     decodes.num_copies = min(num_copies, len(decodes.copy_rows))
     return decodes, victims, num_freed
+
+
+def _look_ahead(view: SchedulerView, decodes: _Decodes, max_steps: int) -> int:
+    """How many decode steps can follow each other without a look at the host: the most for which blocks are free.
+
+    Marks the rows that open a block in any of them: one at most, with no more steps than a block has tokens.
+    """
+    sequences, block_size = view.sequences, view.limits.block_size
+    # Entries that were replaced go to the device with this step, too: more than a small one has room for.
+    if not len(decodes.rows) or view.memory.table.has_replaced or np.count_nonzero(sequences.is_beam):
+        return 1
+    left = sequences.max_total_len[decodes.rows] - decodes.positions - 1
+    num_steps = min(max_steps, block_size, int(left.max()))
+    to_border = -decodes.positions % block_size  # tokens before the first of a block
+    while num_steps > 1:
+        opens_block = to_border < np.minimum(left, num_steps)
+        if int(np.count_nonzero(opens_block)) + decodes.num_copies <= view.memory.pool.num_free:
+            decodes.opens_block = opens_block
+            return num_steps
+        num_steps //= 2
+    return 1
 
 
 def _rows_to_copy(

@@ -13,27 +13,27 @@ on, makes digest n+1 drop its token.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jaxserve.cache.kv_memory import KVMemory
 from jaxserve.cache.prefix import namespace
 from jaxserve.errors import QueueFullError
-from jaxserve.scheduler import committing, finish, integrity, planner, policy
+from jaxserve.scheduler import committing, finish, integrity, planner, policy, publishing
 from jaxserve.scheduler.counters import Counters
 from jaxserve.scheduler.decision import Decision
 from jaxserve.scheduler.finish import BeamAnswer, Finished, StepEvents
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.searches import EndedSearch, Searches
-from jaxserve.scheduler.sequences import NO_BOUND, Request, Sequence, SequenceTable, WaitingQueue
+from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable, WaitingQueue
 from jaxserve.types import MAX_N, MAX_STOP_TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A committed plan whose answer is due: one entry a sampled row."""
+    """A committed plan whose answer is due: one entry a sampled row, with the position of its first token."""
 
     plan: StepPlan
     rows: np.ndarray
@@ -81,8 +81,8 @@ class Scheduler:
 
     @property
     def num_in_flight(self) -> int:
-        """Plans committed and not digested."""
-        return len(self._in_flight)
+        """Tokens that a row may be ahead of what the host knows: one for each step committed and not digested."""
+        return sum(flight.plan.num_steps for flight in self._in_flight)
 
     @property
     def num_free_blocks(self) -> int:
@@ -157,9 +157,13 @@ class Scheduler:
         self._end(found)
         return found[0], not request.sequences
 
-    def plan(self) -> Decision:
-        """What the next step should do; changes nothing. Empty when all running sequences await their last answer."""
-        return planner.decide_step(self._view, self._num_steps)
+    def plan(self, max_steps: int = 1) -> Decision:
+        """What the next step should do; changes nothing. Empty when all running sequences await their last answer.
+
+        Args:
+            max_steps: decode steps that the device may run in one loop if there is nothing else to do.
+        """
+        return planner.decide_step(self._view, self._num_steps, max_steps)
 
     def commit(self, decision: Decision) -> StepPlan:
         """Carries out the decision, which must be the last one made, with no add's or abort's effect in between.
@@ -170,7 +174,7 @@ class Scheduler:
         moved_on = self.sequences.generation[decision.rows] != decision.generations
         assert not np.count_nonzero(moved_on), f"rows {decision.rows[moved_on]} have moved on"
         for victim in decision.victims:
-            self._publish(victim.row)
+            publishing.publish(self.sequences, self.memory, victim.row)
         plan = committing.commit(decision, self.sequences, self.memory, self.waiting)
         for victim, gone in zip(decision.victims, plan.preempted, strict=True):
             self.counters.swap_preemptions += gone.swapped
@@ -206,6 +210,11 @@ class Scheduler:
         sequences = self.sequences
         positions = plan.decode_positions + 1
         generations = plan.generations
+        if plan.num_steps > 1:
+            ends = np.minimum(plan.decode_positions + plan.num_steps, sequences.max_total_len[rows] - 1)
+            sequences.num_computed[rows] = ends
+            sequences.num_tokens[rows] = ends + 1
+            return _InFlight(plan, rows, positions, generations, sequences.of_rows(rows))
         sequences.num_computed[rows] = positions
         if len(plan.prefill_rows):
             ends = plan.prefill_starts + plan.prefill_lens
@@ -222,7 +231,7 @@ class Scheduler:
     def digest(
         self, plan: StepPlan, tokens: np.ndarray, failed: np.ndarray | None = None, beams: BeamAnswer | None = None
     ) -> StepEvents:
-        """Takes the device's answer to the oldest undigested plan; frees the sequences that end with it.
+        """Takes the device's answer to the oldest undigested plan, of one step; frees the sequences that end with it.
 
         Args:
             tokens: int32[S] in the order of `plan.sampled_rows`.
@@ -231,7 +240,31 @@ class Scheduler:
 
         Cost: a few numpy operations on the step's rows; Python only for sequences that end.
         """
-        flight = self._take_flight(plan, tokens)
+        assert plan.num_steps == 1, f"plan {plan.step} has {plan.num_steps} steps"
+        return self._digest(self._take_flight(plan, len(tokens)), tokens, failed, beams)
+
+    def digest_loop(
+        self, plan: StepPlan, tokens: np.ndarray, failed: np.ndarray | None = None
+    ) -> tuple[StepEvents, ...]:
+        """The same for a plan of one or more steps without beams; the events of each step, until all rows have ended.
+
+        Args:
+            tokens: int32[num_steps, S].
+            failed: bool[num_steps, S].
+        """
+        flight = self._take_flight(plan, tokens.shape[1])
+        events: list[StepEvents] = []
+        for index in range(plan.num_steps):
+            one = flight if index == 0 else replace(flight, positions=flight.positions + index)
+            events.append(self._digest(one, tokens[index], None if failed is None else failed[index], None))
+            if not np.count_nonzero(events[-1].live & (events[-1].finish_codes == finish.CONTINUES)):
+                break
+        return tuple(events)
+
+    def _digest(
+        self, flight: _InFlight, tokens: np.ndarray, failed: np.ndarray | None, beams: BeamAnswer | None
+    ) -> StepEvents:
+        plan = flight.plan
         live = self.sequences.generation[flight.rows] == flight.generations
         rows, positions, alive_tokens, alive_failed = flight.rows, flight.positions, tokens, failed
         all_live = np.count_nonzero(live) == len(live)
@@ -240,7 +273,9 @@ class Scheduler:
             alive_failed = None if failed is None else failed[live]
         self.sequences.append_known(rows, positions, alive_tokens)
         if len(plan.prefill_rows):
-            self._answer_chunks(plan, rows if alive_failed is None else rows[~alive_failed])
+            publishing.answer_chunks(
+                plan, self.sequences, self.memory, rows if alive_failed is None else rows[~alive_failed]
+            )
         codes = finish.finish_codes(self.sequences, rows, positions + 1, alive_tokens, alive_failed)
         if not all_live:
             codes, alive_codes = np.zeros(len(live), np.int8), codes
@@ -264,11 +299,11 @@ class Scheduler:
             beams=tuple(ended_searches),
         )
 
-    def _take_flight(self, plan: StepPlan, tokens: np.ndarray) -> _InFlight:
+    def _take_flight(self, plan: StepPlan, num_tokens: int) -> _InFlight:
         assert self._in_flight, f"plan {plan.step} was not committed"
         flight = self._in_flight.popleft()
         assert flight.plan.step == plan.step, f"plan {plan.step} digested before plan {flight.plan.step}"
-        assert len(tokens) == len(flight.rows), f"{len(tokens)} tokens for {len(flight.rows)} rows"
+        assert num_tokens == len(flight.rows), f"{num_tokens} tokens for {len(flight.rows)} rows"
         return flight
 
     def _advance_searches(
@@ -286,44 +321,6 @@ class Scheduler:
         for request, _ in ended:
             self._end(list(request.sequences))
         return ended
-
-    def _answer_chunks(self, plan: StepPlan, healthy: np.ndarray) -> None:
-        """Enters the prompt blocks that the plan's chunks filled into the prefix cache.
-
-        Args:
-            healthy: live rows that sampled, and whose answer is finite.
-        """
-        sequences = self.sequences
-        generations = plan.generations[len(plan.decode_rows) :]
-        ends = (plan.prefill_starts + plan.prefill_lens).tolist()
-        chunks = zip(plan.prefill_rows.tolist(), ends, plan.prefill_samples.tolist(), generations.tolist(), strict=True)
-        well = set(healthy.tolist())
-        for row, end, samples, generation in chunks:
-            if sequences.generation[row] != generation or (samples and row not in well):
-                continue
-            request = sequences.at(row).request
-            is_last = samples or (request.beam is not None and end == len(request.prompt_token_ids))
-            sequences.num_answered[row] = NO_BOUND if is_last else end
-            self._publish(row, end)
-
-    def _publish(self, row: int, num_written: int | None = None) -> None:
-        """Enters the row's full blocks into the cache, as far as they have been written and answered for."""
-        sequences = self.sequences
-        sequence = sequences.at(row)
-        if not sequence.caches:
-            return
-        if num_written is None:
-            if sequences.is_beam[row]:
-                return  # of beams the host's tokens are not those of the blocks; their prompt is entered already
-            num_written = sequences.num_committed(row)
-        num_full = num_written // self.limits.block_size
-        known, name = int(sequences.num_published[row]), sequence.request.namespace
-        # Of a search that has begun, the device hands the first beam's blocks on to the others: to replace one here
-        # would give away a block that some beams' tables on the device still name.
-        has_begun = bool(sequences.is_beam[row] and sequences.on_device[row])
-        sequences.num_published[row] = self.memory.publish(
-            row, sequences.token_ids[row], known, num_full, name, keeps_own=has_begun
-        )
 
     def _finish(self, flight: _InFlight, codes: np.ndarray, tokens: np.ndarray) -> tuple[Finished, ...]:
         """Ends the sequences with a code, and with an error all of its request."""
@@ -356,7 +353,7 @@ class Scheduler:
                 self.memory.host.release(sequence.swapped)
                 sequence.swapped = None
         for row in () if is_worthless else rows:
-            self._publish(row)
+            publishing.publish(self.sequences, self.memory, row)
         if is_worthless:
             self.memory.forget(self.memory.table.blocks_of(np.array(rows, np.intp)))
         if rows:

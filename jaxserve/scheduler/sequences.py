@@ -269,7 +269,7 @@ class SequenceTable:
         self.num_known[rows] = positions + 1
 
     def check_integrity(self, num_in_flight: int) -> None:
-        """Asserts what must hold between the columns, `num_in_flight` plans being undigested."""
+        """Asserts what must hold between the columns, a row being at most `num_in_flight` tokens ahead of the host."""
         idle, row_of = ~self.active, np.flatnonzero
         for column in self._zero_when_inactive():
             assert not column[idle].any(), f"inactive rows {row_of(idle & (column != 0))} are not cleared"

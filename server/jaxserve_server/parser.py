@@ -133,6 +133,13 @@ def add_engine_flags(parser: Parser) -> None:
     add("--swap-space", type=gibibytes, metavar="GIB", help="host memory for preempted KV (4); 0: compute it again")
     add("--seed", type=whole_number, metavar="N", help="draws the seeds of requests that bring none (0)")
     add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while another runs (on)")
+    add(
+        "--max-decode-steps",
+        type=positive,
+        metavar="N",
+        help="tokens a row that one device call decodes (16); 1: no loop",
+    )
+    add("--stream-interval-ms", type=milliseconds, metavar="MS", help="how long such a call may take (20)")
     add("--compilation-cache-dir", type=optional_folder, metavar="DIR", help="compiled programs; 'none' keeps none")
 
 
@@ -207,6 +214,16 @@ def seconds(text: str) -> float:
         value = -1.0
     if not 0.0 <= value <= 86_400.0:
         raise argparse.ArgumentTypeError(f"expected 0 to 86400 seconds, got {text!r}")
+    return value
+
+
+def milliseconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 <= value <= 10_000.0:
+        raise argparse.ArgumentTypeError(f"expected 0 to 10000 milliseconds, got {text!r}")
     return value
 
 

@@ -68,7 +68,7 @@ def pack(chunks: list[Chunk], shape: StepShape) -> np.ndarray:
         offset += chunk.length
     for i, (start, length) in enumerate(tiles):
         f["tile_start"][i], f["tile_len"][i] = start, length
-    f["header"][:] = sum(c.decode for c in chunks), len(tiles), 0
+    f["header"][:] = sum(c.decode for c in chunks), len(tiles), 0, 1
     return packed
 
 

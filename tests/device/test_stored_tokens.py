@@ -58,7 +58,7 @@ def fed(row: int, tokens: list[int], start: int, stored: int) -> jax.Array:
     tiles = range(0, n, SHAPE.q_tile)
     for i, at in enumerate(tiles):
         f["tile_start"][i], f["tile_len"][i] = at, min(SHAPE.q_tile, n - at)
-    f["header"][:] = 0, len(tiles), 0
+    f["header"][:] = 0, len(tiles), 0, 1
     return jnp.asarray(packed)
 
 
@@ -71,7 +71,7 @@ def test_a_stored_token_is_read_and_never_written() -> None:
     kv, _, first = run(params, kv, admitted(0, len(prompt), [4, 2, 9]), fed(0, prompt, 0, 0))
     other = admitted(2, len(prompt), [4, 2, 9])  # another row, the same blocks
     after, _, again = run(params, kv, other, fed(2, prompt[-1:], len(prompt) - 1, 1))
-    assert np.asarray(again.sampled)[0].tolist() == np.asarray(first.sampled)[0].tolist()
+    assert np.asarray(again.sampled)[0, 0].tolist() == np.asarray(first.sampled)[0, 0].tolist()
     for layer, before in zip(after.layers, kv.layers, strict=True):
         np.testing.assert_array_equal(np.asarray(layer), np.asarray(before))
     # Fed as a token of its own it is written: the test would see it.

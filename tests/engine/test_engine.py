@@ -92,7 +92,7 @@ def test_logprobs_are_of_the_raw_logits(core: EngineCore, run_all: Callable, den
     assert prompt_logprobs is not None
     assert len(prompt_logprobs) == len(prompt)
     assert prompt_logprobs[0] is None
-    entries = [*prompt_logprobs[1:], *(d.logprobs[0] for d in deltas if d.logprobs)]
+    entries = [*prompt_logprobs[1:], *(entry for d in deltas for entry in d.logprobs or ())]
     assert len(entries) == len(tokens) - 1
     for position, entry in enumerate(entries):
         row = want[position]

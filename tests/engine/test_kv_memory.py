@@ -176,8 +176,8 @@ def test_a_prompt_that_is_cached_as_a_whole_feeds_one_token(fresh: EngineCore, r
     (warm,), num_warm = prefilled(fresh, lambda: run_all(fresh, [request]))
     assert (num_cold, num_warm) == (16, 1)
     assert tokens_of(warm) == tokens_of(cold)
-    assert [d.num_cached_tokens for d in cold] == [0] * 6
-    assert [d.num_cached_tokens for d in warm] == [15] + [0] * 5
+    assert [d.num_cached_tokens for d in cold] == [0] * len(cold)
+    assert [d.num_cached_tokens for d in warm] == [15] + [0] * (len(warm) - 1)
     assert (fresh.metrics.prefix_queries - queries, fresh.metrics.prefix_hits - hits) == (16, 15)
 
 
@@ -303,12 +303,11 @@ def test_a_request_of_several_sequences_is_counted_once(make_core: Callable, run
 
 def test_one_of_several_ends_alone_and_the_last_ends_the_request(fresh: EngineCore) -> None:
     before = dict(fresh.metrics.request_success)
-    params = SamplingParams(temperature=1.0, seed=5, max_tokens=20, n=3, ignore_eos=True)
+    params = SamplingParams(temperature=1.0, seed=5, max_tokens=40, n=3, ignore_eos=True)
     fresh.add("x", fresh.check(PROMPT, params), "owner")
     seen: list[int] = []
-    for _ in range(6):
+    while set(seen) != {0, 1, 2}:
         seen += [d.index for _, d in fresh.step()]
-    assert set(seen) == {0, 1, 2}
     assert fresh.abort_sequence("x", 1, "stop") == "owner"
     assert fresh.abort_sequence("x", 1, "stop") is None
     later = [d.index for _ in range(4) for _, d in fresh.step()]

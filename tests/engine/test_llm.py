@@ -95,7 +95,7 @@ def test_one_request_s_nan_costs_the_others_nothing(llm: LLM, monkeypatch: pytes
     def failing_once(running: Any) -> Any:
         answer = fetch(running)
         failed = answer.failed.copy()
-        failed[1:2] = next(steps) == 3  # the second row of the fourth step
+        failed[-1:, 1:2] = next(steps) == 2  # the second row, in the last step of the third answer
         return replace(answer, failed=failed)
 
     monkeypatch.setattr(llm._core.runner, "fetch", failing_once)

@@ -48,6 +48,7 @@ def test_a_request_from_prompt_to_length(make_scheduler, make_request) -> None:
         "step": 0,
         "decode_rows": [],
         "decode_positions": [],
+        "num_steps": 1,
         "prefill_rows": [0],
         "prefill_starts": [0],
         "prefill_lens": [3],

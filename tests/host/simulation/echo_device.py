@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from jaxserve.scheduler.plan import StepPlan
-from jaxserve.scheduler.sequences import Request
+from jaxserve.scheduler.sequences import Request, Sequence
 
 VOCAB_SIZE = 1000
 POISON = 2**31 - 1  # in memory that nobody may read
@@ -120,7 +120,8 @@ class EchoDevice:
         self.blocks = np.full((num_blocks, block_size), POISON, np.int32)
         self.tables = np.zeros((num_rows, max_blocks), np.int32)
         self.last_token = np.full(num_rows, POISON, np.int32)
-        self.seeds = [0] * num_rows
+        self.sequences: list[Sequence | None] = [None] * num_rows
+        self.ended = np.zeros(num_rows, bool)
 
     def poison(self, block_ids: np.ndarray) -> None:
         self.blocks[block_ids] = POISON
@@ -129,16 +130,18 @@ class EchoDevice:
         self,
         plan: StepPlan,
         prefill_tokens: list[np.ndarray],
-        seeds: dict[int, int],
+        sequences: dict[int, Sequence],
         fresh: np.ndarray,
         store: EchoStore,
         nan_rows: Iterable[int] = (),
     ) -> tuple[np.ndarray, np.ndarray]:
-        """int32[S] sampled tokens; bool[S] rows whose answer is not finite.
+        """int32[num_steps, S] sampled tokens, poison where a row's sequence has ended before; bool: not finite.
+
+        Like the real one it knows by itself when a sequence has ended, a step or a loop before the host does.
 
         Args:
             prefill_tokens: the chunks' ids in the plan's order.
-            seeds: of each admitted row, which sequence of its request it is.
+            sequences: of each admitted row.
             fresh: blocks that were handed out for this step: whatever is in them is another's.
             nan_rows: rows whose KV of this step is not finite.
         """
@@ -153,23 +156,36 @@ class EchoDevice:
         for admitted in plan.admitted:
             self.tables[admitted.row] = 0
             self.tables[admitted.row, : len(admitted.block_ids)] = admitted.block_ids
-            self.seeds[admitted.row] = seeds[admitted.row]
+            self.sequences[admitted.row] = sequences[admitted.row]
+            self.ended[admitted.row] = False
         self.tables[plan.block_rows, plan.block_cols] = plan.block_ids
-        lengths = self._write_all(plan, prefill_tokens, frozenset(nan_rows))
-        return self._sample(plan.sampled_rows, lengths)
+        assert plan.num_steps == 1 or not len(plan.prefill_rows), "a loop feeds chunks"
+        lengths = self._write_chunks(plan, prefill_tokens, frozenset(nan_rows))
+        answers = []
+        for index in range(plan.num_steps):
+            lengths |= self._write_decodes(plan, index, frozenset(nan_rows))
+            answers.append(self._sample(plan.sampled_rows, lengths))
+        return np.stack([tokens for tokens, _ in answers]), np.stack([failed for _, failed in answers])
 
-    def _write_all(self, plan: StepPlan, prefill_tokens: list[np.ndarray], nan_rows: frozenset[int]) -> dict[int, int]:
-        """Writes every token that the step feeds; returns the rows' lengths then."""
-        size, rows = self.block_size, plan.decode_rows
-        lengths = {}
-        if len(rows):
-            blocks = self.tables[rows, plan.decode_positions // size]
-            assert blocks.all(), "KV written to the null block"
-            fed = self.last_token[rows]
-            if nan_rows:
-                fed[[row in nan_rows for row in rows.tolist()]] = NAN
-            self.blocks[blocks, plan.decode_positions % size] = fed
-            lengths = dict(zip(rows.tolist(), (plan.decode_positions + 1).tolist(), strict=True))
+    def _write_decodes(self, plan: StepPlan, index: int, nan_rows: frozenset[int]) -> dict[int, int]:
+        """Writes what the decode rows feed in one step of a loop; returns their lengths then."""
+        size, goes_on = self.block_size, ~self.ended[plan.decode_rows]
+        rows, positions = plan.decode_rows[goes_on], plan.decode_positions[goes_on] + index
+        if not len(rows):
+            return {}
+        blocks = self.tables[rows, positions // size]
+        assert blocks.all(), "KV written to the null block"
+        fed = self.last_token[rows]
+        if nan_rows:
+            fed[[row in nan_rows for row in rows.tolist()]] = NAN
+        self.blocks[blocks, positions % size] = fed
+        return dict(zip(rows.tolist(), (positions + 1).tolist(), strict=True))
+
+    def _write_chunks(
+        self, plan: StepPlan, prefill_tokens: list[np.ndarray], nan_rows: frozenset[int]
+    ) -> dict[int, int]:
+        """Writes the tokens of the chunks; returns their rows' lengths then."""
+        size, lengths = self.block_size, {}
         chunks = zip(
             plan.prefill_rows.tolist(),
             plan.prefill_starts.tolist(),
@@ -189,14 +205,20 @@ class EchoDevice:
         return lengths
 
     def _sample(self, rows: np.ndarray, lengths: dict[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        tokens, failed = [], []
-        for row in rows.tolist():
-            length = lengths[row]
+        tokens, failed = np.full(len(rows), POISON, np.int32), np.zeros(len(rows), bool)
+        for place, row in enumerate(rows.tolist()):
+            if self.ended[row]:
+                continue
+            length, sequence = lengths[row], self.sequences[row]
+            assert sequence is not None, "a row of nobody"
+            request = sequence.request
             context = self.blocks[self.tables[row, : -(-length // self.block_size)]].reshape(-1)[:length]
-            tokens.append(zlib.crc32(context, self.seeds[row]) % VOCAB_SIZE)
-            failed.append(NAN in context)
-        self.last_token[rows] = tokens
-        return np.array(tokens, np.int32), np.array(failed, bool)
+            tokens[place] = token = zlib.crc32(context, sequence.index) % VOCAB_SIZE
+            failed[place] = NAN in context
+            self.last_token[row] = token
+            stops = token in request.stop_token_ids and length + 1 >= len(request.prompt_token_ids) + request.min_tokens
+            self.ended[row] = stops or failed[place] or length + 1 >= request.max_total_len
+        return tokens, failed
 
     def _check_ids(self, plan: StepPlan, num_slots: int) -> None:
         """What a real device would clamp in silence is an error here (I10)."""

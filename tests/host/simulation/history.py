@@ -123,6 +123,8 @@ def _apply(sim: Simulation, event: Event) -> None:
         sim.reset_cache()
     elif kind == "depth":
         sim.depth = values[0]
+    elif kind == "ahead":
+        sim.max_steps = values[0]
     elif kind == "duplicate":
         _add_again(sim, values[0])
     else:
@@ -154,6 +156,7 @@ def make_history(seed: int, num_events: int = 600) -> History:
         "add": dice.choice([6.0, 20.0, 50.0]),
         "digest": dice.choice([0.0, 3.0]),
         "depth": dice.choice([0.0, 2.0]),
+        "ahead": dice.choice([0.0, 2.0]),
         "abort": dice.choice([0.0, 2.0, 8.0]),
         "abort_sequence": dice.choice([0.0, 2.0, 8.0]),
         "duplicate": dice.choice([0.0, 0.5]),
@@ -199,6 +202,8 @@ def _make_event(kind: str, dice: random.Random, workload: _Workload) -> Event:
         return kind, dice.randint(0, 2)
     if kind == "steps":
         return kind, dice.randint(2, 8)
+    if kind == "ahead":
+        return kind, dice.choice([1, 2, 3, 8])
     return (kind, dice.randrange(2**20)) if kind == "nan" else (kind,)
 
 

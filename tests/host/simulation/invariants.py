@@ -48,11 +48,14 @@ def check_writes(scheduler: Scheduler, plan: StepPlan) -> None:
         table = table.copy()
         table[plan.prefill_rows[plan.prefill_stored]] = 0
     holders = np.bincount(table.ravel(), minlength=memory.pool.num_blocks)
-    written = [memory.table.ids[plan.decode_rows, plan.decode_positions // size]]
+    last = (
+        np.minimum(plan.decode_positions + plan.num_steps, scheduler.sequences.max_total_len[plan.decode_rows] - 1) - 1
+    )
+    written = [memory.table.ids[plan.decode_rows, position // size] for position in (plan.decode_positions, last)]
     chunks = (plan.prefill_rows, plan.prefill_starts, plan.prefill_lens, plan.prefill_stored)
     for row, start, length, stored in zip(*(column.tolist() for column in chunks), strict=True):
         if not stored:
             written.append(memory.table.ids[row, start // size : (start + length - 1) // size + 1])
-    blocks = np.concatenate(written)
+    blocks = np.concatenate(written)  # a loop of no more steps than a block has tokens writes to two at most
     assert (holders[blocks] == 1).all(), f"blocks of others are among the written {blocks}"
     assert not memory.pool.is_kept[blocks].any(), f"cached blocks are among the written {blocks}"

@@ -40,6 +40,8 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
+    """What the device said: int32 and bool [num_steps, S]."""
+
     plan: StepPlan
     tokens: np.ndarray
     failed: np.ndarray
@@ -54,6 +56,8 @@ class Simulation:
         is_slow: copies to host memory arrive when somebody waits for them, or `store.arrive` is called.
 
     Attributes:
+        max_steps: decode steps that a plan may have in one loop.
+        num_loops: plans that had more than one.
         num_operations: commits, digests, adds, aborts, resets and losses so far.
     """
 
@@ -68,6 +72,7 @@ class Simulation:
         self.preemptions: dict[Name, int] = {}
         self.admitted: list[str] = []
         self.num_operations = self.num_delivered = self.num_faults = 0
+        self.max_steps, self.num_loops = 1, 0
         self._num_open = self._num_idle_steps = 0
 
     def _new_device(self) -> EchoDevice:
@@ -144,14 +149,14 @@ class Simulation:
         for row, start, length in chunks:
             prefill_tokens.append(scheduler.sequences.token_ids[row, start : start + length].copy())
             self.results[sequences[row].request.request_id, sequences[row].index].num_fed += length
-        seeds = {admitted.row: sequences[admitted.row].index for admitted in plan.admitted}
+        entered = {admitted.row: sequences[admitted.row] for admitted in plan.admitted}
         fresh = (pool.generation != generation).nonzero()[0]
         nan_rows = [] if choose_nan is None else choose_nan(np.concatenate([plan.decode_rows, plan.prefill_rows]))
         if raises:
             self.lose_device()
             return plan
         try:
-            answer = self.device.run(plan, prefill_tokens, seeds, fresh, self.store, nan_rows)
+            answer = self.device.run(plan, prefill_tokens, entered, fresh, self.store, nan_rows)
         except TornCopyError as error:
             self.lose_device(error.slots)
             return plan
@@ -169,9 +174,12 @@ class Simulation:
         in_line = scheduler.num_running, scheduler.num_waiting
         self._num_idle_steps += 1
         assert self._num_idle_steps <= MAX_STEPS, f"livelock: {in_line} running and waiting after {MAX_STEPS} steps"
-        decision = scheduler.plan()
+        decision = scheduler.plan(self.max_steps)
         assert (scheduler.num_running, scheduler.num_waiting) == in_line
         assert decision.num_tokens <= limits.max_num_batched_tokens
+        assert 1 <= decision.num_steps <= max(1, min(self.max_steps, limits.block_size))
+        assert decision.num_steps == 1 or not scheduler.num_waiting, "somebody waits and the device loops"
+        self.num_loops += decision.num_steps > 1
         if not self.undigested:
             assert decision.is_empty == (not any(in_line)), "somebody is here and nobody is served"
         plan = scheduler.commit(decision)
@@ -200,19 +208,26 @@ class Simulation:
         """Takes the oldest answer and hands its tokens to their clients.
 
         Args:
-            failed: rows that fail beside those that read what is not finite.
+            failed: rows that fail in the first step beside those that read what is not finite.
         """
         answer = self.undigested.popleft()
-        fails = answer.failed if failed is None else answer.failed | failed
+        fails = answer.failed.copy()
+        fails[0] |= False if failed is None else failed
         table = self.scheduler.memory.table
-        rows = answer.plan.sampled_rows[fails]
+        rows = answer.plan.sampled_rows[fails.any(axis=0)]
         worthless = table.blocks_of(rows) if len(rows) else None
-        events = self.scheduler.digest(answer.plan, answer.tokens, fails if fails.any() else None)
-        assert np.array_equal(events.rows, answer.plan.sampled_rows)
-        assert np.array_equal(events.finish_codes == ERROR, events.live & fails), "the wrong row failed"
-        if worthless is not None and (events.live & fails)[fails].all():
+        if answer.plan.num_steps == 1:
+            steps = (self.scheduler.digest(answer.plan, answer.tokens[0], fails[0] if fails.any() else None),)
+        else:
+            steps = self.scheduler.digest_loop(answer.plan, answer.tokens, fails if fails.any() else None)
+        hit = np.zeros(fails.shape[1], bool)
+        for index, events in enumerate(steps):
+            assert np.array_equal(events.rows, answer.plan.sampled_rows)
+            assert np.array_equal(events.finish_codes == ERROR, events.live & fails[index]), "the wrong row failed"
+            hit |= events.live & fails[index]
+            self._deliver(events, fails[index])
+        if worthless is not None and hit[fails.any(axis=0)].all():
             assert not self.scheduler.memory.pool.is_kept[worthless].any(), "what a failed row read is still cached"
-        self._deliver(events, fails)
         self._check()
 
     def _deliver(self, events: StepEvents, fails: np.ndarray) -> None:
