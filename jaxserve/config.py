@@ -119,6 +119,9 @@ class EngineConfig:
         swap_space: GiB of host memory for the KV of preempted sequences; 0 computes them again instead.
         verify_swaps: checksum every block on its way to host memory and back. For tests: about 1 GB/s.
         seed: draws the seeds of requests that bring none.
+        exact: a request's tokens and logprobs have the same bits whatever else runs, however its prompt is cut, and
+            whatever was cached or swapped: only step programs whose bits agree at start are used. None: on where
+            that costs nothing, which is with 16-bit weights on a CPU (docs/exactness.md).
         async_scheduling: plan step n+1 while step n runs. Off: digest each step before the next.
         max_decode_steps: tokens a row that one call of the device may decode while nothing waits; at most block_size
             count. 1 turns the loop off.
@@ -142,6 +145,7 @@ class EngineConfig:
     swap_space: float = 4.0
     verify_swaps: bool = False
     seed: int = 0
+    exact: bool | None = None
     async_scheduling: bool = True
     max_decode_steps: int = 16
     stream_interval_ms: float = 20.0
@@ -184,6 +188,7 @@ class EngineLimits:
         num_swap_blocks: blocks that host memory holds for preempted sequences.
         swap_buckets: the block counts that copies to and from host memory are compiled for, ascending.
         max_decode_steps: decode steps that one call of the device can run.
+        exact: only buckets whose bits agree are used.
     """
 
     max_model_len: int
@@ -200,6 +205,7 @@ class EngineLimits:
     num_swap_blocks: int = 0
     swap_buckets: tuple[int, ...] = ()
     max_decode_steps: int = 1
+    exact: bool = False
 
     @property
     def decode_bucket(self) -> int:

@@ -78,6 +78,15 @@ class CompiledSteps:
     scatter: Mapping[int, Callable]
     compile_s: dict[str, float]
 
+    @property
+    def max_decode_steps(self) -> int:
+        """Decode steps that one call can run, however many rows decode."""
+        rows = self.steps[0][0].max_rows
+        return min(shape.max_steps for shape, _ in self.steps if shape.num_tokens <= self._decode_tokens(rows))
+
+    def _decode_tokens(self, rows: int) -> int:
+        return min(shape.num_tokens for shape, _ in self.steps if shape.num_tokens >= rows)
+
     def for_plan(self, num_tokens: int, num_updates: int) -> tuple[StepShape, Callable]:
         """The smallest bucket that holds so many tokens and updates of block tables."""
         for shape, executable in self.steps:

@@ -265,7 +265,7 @@ class EngineCore:
         step_s, interval_s = self._decode_step_s, 1e-3 * self.config.stream_interval_ms
         if not step_s:
             return 1
-        return int(min(max(interval_s / step_s, 1), self.limits.max_decode_steps))
+        return int(min(max(interval_s / step_s, 1), self.runner.compiled.max_decode_steps))
 
     def _dispatch(self, plan: StepPlan) -> _Pending:
         sequences = self.scheduler.sequences

@@ -64,6 +64,7 @@ def resolve_engine_config(
         num_swap_blocks=num_swap_blocks,
         swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
         max_decode_steps=min(config.max_decode_steps, config.block_size),  # so that a row opens one block at most
+        exact=(on_cpu and model.dtype != "float32") if config.exact is None else config.exact,
     )
 
 

@@ -6,10 +6,11 @@ It runs plans and returns answers; what they mean is `engine.EngineCore`'s busin
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxserve.engine import moves
 from jaxserve.engine.admission import TABLE_FEATURES, AdmittedParams, pack_row, pack_stored, pack_tables
 from jaxserve.engine.beams import pack_followers, pack_group, unpack_answer
 from jaxserve.engine.compiled import CompiledSteps, OnProgress, compile_steps
+from jaxserve.engine.exactness import differing_buckets
 from jaxserve.engine.pack import empty_step, pack_step
 from jaxserve.engine.swap_store import SwapStore, staging_memory
 from jaxserve.scheduler.finish import BeamAnswer
@@ -38,6 +40,8 @@ from jaxserve.state import (
 )
 from jaxserve.steps import count_fields
 from jaxserve.types import MAX_BEAM_WIDTH
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +108,8 @@ class Runner:
         self.store = SwapStore(limits.num_swap_blocks, block_shape, layer.dtype, verify=verify_swaps, staging=staging)
         self.compiled: CompiledSteps = compile_steps(params, self._kv, self._state, model, limits, on_progress)
         self.costs = self._warm_up()
+        if limits.exact:
+            self._keep_equal()
 
     def reset(self) -> None:
         """Cache and state anew: at start, and after a step that failed and took the donated ones with it."""
@@ -142,6 +148,21 @@ class Runner:
         jax.block_until_ready((self._kv, self._state))
         fixed_s, block_s = self._time_swaps()
         return MemoryCosts(fixed_s, block_s, step_s / self.limits.token_buckets[-1])
+
+    def _keep_equal(self) -> None:
+        """Drops the buckets whose bits differ from the largest one's."""
+        differing, self._kv, self._state = differing_buckets(
+            self.compiled, self._params, self._kv, self._state, self.limits.max_model_len
+        )
+        if differing:
+            steps = tuple((shape, step) for shape, step in self.compiled.steps if shape.num_tokens not in differing)
+            self.compiled = replace(self.compiled, steps=steps)
+            logger.warning(
+                "exact: steps of %s tokens round otherwise than those of %d and are not used; small steps cost as much "
+                "as large ones then",
+                ", ".join(map(str, sorted(differing))),
+                steps[-1][0].num_tokens,
+            )
 
     def _time_swaps(self) -> tuple[float, float]:
         """Seconds of a swap out and in: whatever its size, and for each block."""

@@ -132,6 +132,7 @@ def add_engine_flags(parser: Parser) -> None:
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="keep the KV of past requests (on)")
     add("--swap-space", type=gibibytes, metavar="GIB", help="host memory for preempted KV (4); 0: compute it again")
     add("--seed", type=whole_number, metavar="N", help="draws the seeds of requests that bring none (0)")
+    add("--exact", action=argparse.BooleanOptionalAction, help="the same bits whatever else runs (on where it is free)")
     add("--async-scheduling", action=argparse.BooleanOptionalAction, help="plan a step while another runs (on)")
     add(
         "--max-decode-steps",

@@ -51,7 +51,7 @@ def test_all_flags_of_the_issue_reach_their_place():
         *("--uvicorn-log-level", "warning", "--disable-log-requests", "--root-path", "/api", "--no-async-scheduling"),
         *("--allowed-hosts", "a.example", "--compilation-cache-dir", "none", "--disable-log-stats"),
         *("--no-enable-prefix-caching", "--swap-space", "0.5"),
-        *("--max-decode-steps", "4", "--stream-interval-ms", "7.5"),
+        *("--max-decode-steps", "4", "--stream-interval-ms", "7.5", "--exact"),
     )
     assert found.engine == EngineConfig(
         max_model_len=4000,
@@ -71,6 +71,7 @@ def test_all_flags_of_the_issue_reach_their_place():
         swap_space=0.5,
         max_decode_steps=4,
         stream_interval_ms=7.5,
+        exact=True,
     )
     assert (found.model, found.api_key, found.served_model_name) == ("some/folder", ("one", "two"), ("a", "b"))
     assert (found.dtype, found.generation_config, found.shutdown_timeout) == ("float16", "vllm", 1.5)
