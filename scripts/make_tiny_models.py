@@ -143,17 +143,17 @@ def weights(family: str) -> dict[str, np.ndarray]:
     """Every tensor of the family, float32, by its Hugging Face name."""
     # The family's place in the alphabet would shift with new families; its name does not.
     bits = np.random.PCG64(int.from_bytes(family.encode(), "little"))
-    return {name: _draw(bits, shape, centre, spread) for name, shape, centre, spread in _tensors(FAMILIES[family])}
+    return {name: draw(bits, shape, centre, spread) for name, shape, centre, spread in tensor_specs(FAMILIES[family])}
 
 
-def _draw(bits: np.random.PCG64, shape: tuple[int, ...], centre: float, spread: float) -> np.ndarray:
+def draw(bits: np.random.PCG64, shape: tuple[int, ...], centre: float, spread: float) -> np.ndarray:
     """Uniform in centre ± spread, from the upper 24 bits of raw 64-bit words: exact in float32."""
     raw = bits.random_raw(math.prod(shape)) >> np.uint64(40)
     unit = raw.astype(np.float32) * np.float32(2.0**-23) - np.float32(1)
     return (np.float32(centre) + unit * np.float32(spread)).reshape(shape)
 
 
-def _tensors(c: Config) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
+def tensor_specs(c: Config) -> Iterator[tuple[str, tuple[int, ...], float, float]]:
     """Name, shape, centre and spread of each tensor, in file order.
 
     A uniform spread of s has a deviation of s/√3. Matrices get √3 · gain / √inputs, so that activations keep

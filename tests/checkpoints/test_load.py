@@ -92,7 +92,7 @@ def test_large_matrices_are_turned_in_tiles(tiny: ModuleType, tmp_path: Path, un
     shape = {"hidden_size": 200, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 333}
     config = tiny.FAMILIES["llama2"] | shape | {"head_dim": 66, "vocab_size": 131}
     bits = np.random.PCG64(5)
-    drawn = {name: tiny._draw(bits, dims, 0.0, 1.0) for name, dims, _, _ in tiny._tensors(config)}
+    drawn = {name: tiny.draw(bits, dims, 0.0, 1.0) for name, dims, _, _ in tiny.tensor_specs(config)}
     folder = rewrite(tiny, tmp_path, "llama2", drawn, **config)
     raw = (folder / "model.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
