@@ -1,56 +1,64 @@
 """How many tokens a second does LLM.generate make?
 
-    python -m benchmarks.offline [--model demo] [--dtype auto] [--quick] [--json FILE]
+    python -m benchmarks.offline [--model demo] [--dtype auto] [--workload all] [--quick] [--json FILE]
 
-64 requests at once with lognormal prompts (median 128, at most 512 tokens) and 64 output tokens each,
-then one stream alone. Medians of several runs on one engine; loading and compiling are reported apart.
+Four sets of requests (`benchmarks.workload.request_set` says which), each with an empty prefix cache: a batch, prompts
+that share a prefix, one stream alone, and long prompts. Medians of several runs on one engine; loading and compiling are
+reported apart. Every size of the engine is at its default.
+
+Where the model has SmolLM2-135M's shape, the rows say how that compares with what other engines made of it on another
+machine (`benchmarks.known_peers`).
 """
 
 from __future__ import annotations
 
 import argparse
+import resource
 import statistics
+import sys
 import time
 
-import numpy as np
-
+from benchmarks.known_peers import add_known, known_peers
+from benchmarks.offline_run import run_set
 from benchmarks.report import Report
-from benchmarks.workload import SAMPLE_TEXT, Workload
-from jaxserve import LLM, SamplingParams
-
-ONE_STREAM_PROMPT = 128
-ONE_STREAM_OUTPUT = 128
-
-
-def timed_run(llm: LLM, prompts: list[list[int]], output_tokens: int) -> float:
-    """Seconds to generate exactly `output_tokens` for every prompt."""
-    params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
-    start = time.perf_counter()
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    elapsed = time.perf_counter() - start
-    made = [len(output.outputs[0].token_ids) for output in outputs]
-    assert made == [output_tokens] * len(prompts), made
-    return elapsed
+from benchmarks.workload import REQUEST_SETS, SAMPLE_TEXT, RequestSet, request_set
+from jaxserve import LLM
+from jaxserve.state import tree_device_bytes
+from jaxserve_checkpoints.source import resolve
 
 
-def measure(llm: LLM, work: Workload, repeats: int, report: Report) -> None:
-    vocabulary = sorted(set(llm.get_tokenizer().encode(SAMPLE_TEXT, add_special_tokens=False)))
-    prompts = work.prompts(vocabulary)
-    num_prompt, num_output = sum(map(len, prompts)), work.num_requests * work.output_tokens
-    timed_run(llm, prompts[:4], 4)  # the allocator and the branch predictor get to know the work
-    seconds = [timed_run(llm, prompts, work.output_tokens) for _ in range(repeats)]
-    batch_s = statistics.median(seconds)
-    alone = np.random.default_rng(work.seed).choice(np.asarray(vocabulary), ONE_STREAM_PROMPT).tolist()
-    alone_s = statistics.median(timed_run(llm, [alone], ONE_STREAM_OUTPUT) for _ in range(repeats))
-    first_s = statistics.median(timed_run(llm, [alone], 1) for _ in range(repeats))
-    report.add("prompt tokens", num_prompt, "tok", None)
-    report.add("output tokens", num_output, "tok", None)
-    report.add("batch: output", num_output / batch_s, "tok/s", None)
-    report.add("batch: total", (num_prompt + num_output) / batch_s, "tok/s", None)
-    report.add("batch: spread of runs", 100 * (max(seconds) - min(seconds)) / batch_s, "%", None)
-    report.add("one stream: output", ONE_STREAM_OUTPUT / alone_s, "tok/s", None)
-    report.add("one stream: first token", 1e3 * first_s, "ms", None)
-    report.add("one stream: a token", 1e3 * (alone_s - first_s) / (ONE_STREAM_OUTPUT - 1), "ms", None)
+def measure(llm: LLM, requests: RequestSet, repeats: int, report: Report) -> float:
+    """Rows of one set; returns its tokens a second."""
+    runs = [run_set(llm, requests) for _ in range(repeats)]
+    seconds = statistics.median(run.seconds for run in runs)
+    rate, name = requests.num_rated_tokens / seconds, requests.name
+    report.add(f"{name}: {requests.rate_name}", rate, "tok/s")
+    if repeats > 1:
+        spread = max(run.seconds for run in runs) - min(run.seconds for run in runs)
+        report.add(f"{name}: spread of {repeats} runs", 100 * spread / seconds, "%")
+    computed = requests.num_prompt_tokens - runs[-1].num_cached
+    target = f"<= {requests.num_distinct_prompt_tokens:,}" if requests.num_shared else None
+    report.add(f"{name}: prompt tokens computed", computed, f"of {requests.num_prompt_tokens:,}", target)
+    if name == "batch":
+        tokens = requests.num_prompt_tokens + requests.num_output_tokens
+        report.add("batch: prompt and output", tokens / seconds, "tok/s")
+    if name == "stream":
+        first_s = statistics.median(run_set(llm, requests, 1).seconds for _ in range(repeats))
+        each_s = (seconds - first_s) / (requests.output_tokens - 1)
+        report.add("stream: first token", 1e3 * first_s, "ms")
+        report.add("stream: a token", 1e3 * each_s, "ms")
+    return rate
+
+
+def add_memory(llm: LLM, report: Report) -> None:
+    """The process's peak against what it must hold."""
+    runner = llm._core.runner
+    held = tree_device_bytes(runner._params) + runner.kv_bytes
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    report.add("weights and KV cache", held / 2**20, "MiB")
+    # The interpreter, jax and the compiler take 0.7 GiB whatever the model: of a small one they are the most.
+    report.add("peak memory of the process ÷ these", peak / held, "", "< 2" if held > 2**31 else None)
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,19 +66,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="demo, a folder, org/name")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--kv-cache-dtype", default="auto")
-    parser.add_argument("--num-requests", type=int, default=64)
-    parser.add_argument("--median-prompt", type=int, default=128)
-    parser.add_argument("--max-prompt", type=int, default=512)
-    parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--workload", default="all", choices=["all", *REQUEST_SETS])
+    parser.add_argument("--num-requests", type=int, default=64, help="of the batch")
     parser.add_argument("--max-num-seqs", type=int, help="rows of the batch; the engine's default if not given")
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="one run of 16 requests")
+    parser.add_argument("--quick", action="store_true", help="one run of a few short requests each")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
     if args.quick:
-        args.num_requests, args.repeats = min(args.num_requests, 16), 1
+        args.repeats = 1
     return args
 
 
@@ -85,15 +91,22 @@ def main() -> None:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
     )
-    report.add("load and compile", time.perf_counter() - start, "s", None)
-    work = Workload(
-        num_requests=args.num_requests,
-        median_prompt=args.median_prompt,
-        max_prompt=args.max_prompt,
-        output_tokens=args.output_tokens,
-        seed=args.seed,
-    )
-    measure(llm, work, args.repeats, report)
+    report.add("load and compile", time.perf_counter() - start, "s")
+    vocabulary = sorted(set(llm.get_tokenizer().encode(SAMPLE_TEXT, add_special_tokens=False)))
+    folder, dtype, room = resolve(args.model).folder, llm._core.model.dtype, llm._core.limits.max_model_len
+    names = REQUEST_SETS if args.workload == "all" else (args.workload,)
+    is_warm = False
+    for name in names:
+        requests = request_set(name, vocabulary, seed=args.seed, quick=args.quick, num_requests=args.num_requests)
+        if requests.longest > room:
+            print(f"{name}: left out: it needs {requests.longest} tokens of context, and the model has {room}")
+            continue
+        if not is_warm:
+            run_set(llm, requests, output_tokens=2)  # the allocator and the branch predictor get to know the work
+            is_warm = True
+        rate = measure(llm, requests, args.repeats, report)
+        add_known(report, f"{name}: {requests.rate_name}", rate, known_peers(folder, dtype, requests, quick=args.quick))
+    add_memory(llm, report)
     report.finish(args.json)
 
 
