@@ -1,6 +1,6 @@
 """How fast is a running server for its users?
 
-    python -m benchmarks.serve [--model demo] [--rates 1,2,4] [--streams 64] [--quick] [--json FILE]
+    python -m benchmarks.serve [--model demo] [--rates 1,2,4] [--streams 64] [--offline-rounds 3] [--quick] [--json FILE]
 
 Open loop: requests arrive by a Poisson process whether or not earlier ones are answered, once for each
 rate. Closed loop: a fixed number of clients, each sending its next request when the last is answered.
@@ -8,13 +8,19 @@ The server is started here, unless --url names one; it and the clients share the
 
 Goodput counts the requests a second that met both objectives: TTFT and the request's mean inter-token
 latency (the definition of DistServe, arXiv:2401.09670 §2).
+
+Last, what serving costs: the closed loop's requests once through the server, all streams at once, and once through `LLM` in
+a process of its own with the server's flags, in turn, --offline-rounds times with other prompts each. The row is the
+median of the rounds' ratios of output tokens a second. The server idles while the other runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
+import statistics
 import time
 import urllib.request
 from contextlib import nullcontext
@@ -22,10 +28,13 @@ from contextlib import nullcontext
 import numpy as np
 import uvloop
 
+from benchmarks.offline_run import our_command, run_elsewhere
 from benchmarks.report import Report
 from benchmarks.running_server import running_server
 from benchmarks.stream_client import StreamClient, StreamResult
-from benchmarks.workload import SAMPLE_TEXT, Workload
+from benchmarks.workload import SAMPLE_TEXT, RequestSet, Workload
+from jaxserve.config import EngineConfig
+from jaxserve_server.flags import parse_options
 
 TTFT_OBJECTIVE_S = 0.200
 ITL_OBJECTIVE_S = 0.050
@@ -59,6 +68,34 @@ async def closed_loop(client: StreamClient, prompts: list[list[int]], num_stream
     return [
         result for results in await asyncio.gather(*(one_client() for _ in range(num_streams))) for result in results
     ]
+
+
+def offline_command(model: str, flags: list[str]) -> list[str]:
+    """`LLM` in a process of its own, with what the server's flags say of the engine."""
+    options = parse_options([model, *flags])
+    default = EngineConfig()
+    config = {f.name: getattr(options.engine, f.name) for f in dataclasses.fields(EngineConfig)}
+    changed = {name: value for name, value in config.items() if value != getattr(default, name)}
+    return our_command(options.model, options.dtype, changed)
+
+
+async def against_offline(client: StreamClient, command: list[str], rounds: list[RequestSet], report: Report) -> None:
+    """Rows of the same requests through the server and through `command`, in turn."""
+    served, offline = [], []
+    for requests in rounds:
+        answer = await asyncio.to_thread(run_elsewhere, command, [requests])
+        offline.append(requests.num_output_tokens / answer["runs"][requests.name]["seconds"])
+        results = await closed_loop(client, requests.prompts, len(requests.prompts))
+        failures = [result.error for result in results if result.error]
+        if failures:
+            raise SystemExit(f"{len(failures)} of {len(results)} streams failed: {failures[0]}")
+        assert sum(result.num_tokens for result in results) == requests.num_output_tokens, "an answer is too short"
+        served.append(summarise(results)["output"][0])
+    streams = len(rounds[0].prompts)
+    ratios = [over / under for over, under in zip(served, offline, strict=True)]
+    report.add(f"{streams} streams at once: server, output", statistics.median(served), "tok/s")
+    report.add(f"{streams} streams at once: offline, output", statistics.median(offline), "tok/s")
+    report.add(f"{streams} streams at once: server ÷ offline", statistics.median(ratios), "", ">= 0.85")
 
 
 def summarise(results: list[StreamResult]) -> dict[str, tuple[float, str]]:
@@ -121,6 +158,14 @@ async def measure(url: str, args: argparse.Namespace, report: Report) -> None:
         work = workload(args.streams * args.rounds, 500)
         results = await closed_loop(client, work.prompts(vocabulary), args.streams)
         add_rows(report, f"{args.streams} streams", results)
+    if args.streams and args.offline_rounds and not args.url:
+        works = [workload(args.streams, 600 + number) for number in range(args.offline_rounds)]
+        rounds = [
+            RequestSet(name="batch", prompts=work.prompts(vocabulary), output_tokens=work.output_tokens)
+            for work in works
+        ]
+        command = offline_command(args.model, args.server_flags.split())
+        await against_offline(client, command, rounds, report)
 
 
 def add_rows(report: Report, load: str, results: list[StreamResult]) -> None:
@@ -141,6 +186,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--duration", type=float, default=30.0, help="seconds of arrivals for each rate")
     parser.add_argument("--streams", type=int, default=64, help="clients of the closed loop; 0: none")
     parser.add_argument("--rounds", type=int, default=4, help="requests a client in the closed loop")
+    parser.add_argument("--offline-rounds", type=int, default=3, help="rounds of server against LLM; 0: none")
     parser.add_argument("--median-prompt", type=int, default=128)
     parser.add_argument("--max-prompt", type=int, default=512)
     parser.add_argument("--output-tokens", type=int, default=64)
@@ -151,7 +197,7 @@ def parse_args() -> argparse.Namespace:
     args.rates = [float(rate) for rate in args.rates.split(",") if rate]
     if args.quick:
         args.rates, args.duration, args.rounds = args.rates[:2], min(args.duration, 8.0), 1
-        args.streams = min(args.streams, 16)
+        args.streams, args.offline_rounds = min(args.streams, 16), min(args.offline_rounds, 1)
     return args
 
 
