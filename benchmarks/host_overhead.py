@@ -2,11 +2,11 @@
 
     python -m benchmarks.host_overhead [--model demo] [--rows 64,256] [--quick] [--json FILE]
 
-`EngineCore` decodes `rows` greedy requests, and every function that is a phase of its step is timed, less the phases inside
-it; *rest* is what no phase covers. Twice:
+`EngineCore` decodes `rows` greedy requests, and every function that is a phase of its step is timed, less the phases
+inside it; *rest* is what no phase covers. Twice:
 
-* *host alone*: the compiled steps are replaced by ones that answer at once with tokens of zero, so that nothing else runs
-  on the machine's cores. What is left of dispatching is fetching ready arrays.
+* *host alone*: the compiled steps are replaced by ones that answer at once with tokens of zero, so that the device
+  takes none of the cores and leaves the host's caches warm.
 * *with the device*: the steps are real and the host waits for each to end, so that the two do not overlap. The host's
   caches are cold after every step, and dispatching is in it, with what XLA computes in the thread that dispatches.
 
@@ -144,7 +144,7 @@ def decode(core: EngineCore, laps: Laps, num_rows: int, num_steps: int, num_wind
     rng = np.random.default_rng(num_rows)
     ids = [f"host-{row}" for row in range(num_rows)]
     for request_id in ids:
-        prompt = rng.integers(4, 200, PROMPT).tolist()
+        prompt = rng.integers(4, min(200, core.model.vocab_size), PROMPT).tolist()
         core.add(request_id, core.check(prompt, params), request_id)
     started: set[str] = set()
     while len(started) < num_rows:

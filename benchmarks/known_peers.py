@@ -1,8 +1,8 @@
 """What other engines made of SmolLM2-135M's shape, for where they are not at hand.
 
-Tokens a second on two Zen 4 cores whose read bandwidth was 53.8 GB/s, each engine alone: transformers 5.23 (static batches
-and continuous batching, the better one), EasyDeL eSurge 0.3.0, llama.cpp (bindings 0.3.36). A ratio to one of them means
-something on such a machine only; `benchmarks.peers` measures those that can be run here.
+Tokens a second on two Zen 4 cores whose read bandwidth was 53.8 GB/s, each engine alone: transformers 5.23 (the better
+of static batches and continuous batching), EasyDeL eSurge 0.3.0, llama.cpp (bindings 0.3.36). A ratio to one of them
+means something on such a machine only; `benchmarks.peers` measures those that can be run here.
 """
 
 from __future__ import annotations

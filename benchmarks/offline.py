@@ -3,8 +3,8 @@
     python -m benchmarks.offline [--model demo] [--dtype auto] [--workload all] [--quick] [--json FILE]
 
 Four sets of requests (`benchmarks.workload.request_set` says which), each with an empty prefix cache: a batch, prompts
-that share a prefix, one stream alone, and long prompts. Medians of several runs on one engine; loading and compiling are
-reported apart. Every size of the engine is at its default.
+that share a prefix, one stream alone, and long prompts. Medians of several runs on one engine; loading and compiling
+are reported apart. Every size of the engine is at its default.
 
 Where the model has SmolLM2-135M's shape, the rows say how that compares with what other engines made of it on another
 machine (`benchmarks.known_peers`).

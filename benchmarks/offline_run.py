@@ -2,8 +2,8 @@
 
     python -m benchmarks.offline_run --model M --dtype D --requests FILE --json FILE [--config JSON]
 
-`benchmarks.transformers_run` takes the same files, so that whoever compares engines starts either. The file of requests is
-a list of {"name", "prompts", "output_tokens", "num_shared"}; the answer is {"load_s", "runs": {name: {"seconds",
+`scripts/transformers_run.py` takes the same files, so that whoever compares engines starts either. The file of requests
+is a list of {"name", "prompts", "output_tokens", "num_shared"}; the answer is {"load_s", "runs": {name: {"seconds",
 "token_ids", "num_cached"}}}.
 """
 
@@ -73,14 +73,15 @@ def run_elsewhere(command: Sequence[str], requests: Sequence[RequestSet]) -> dic
         return json.loads((folder / "answer.json").read_text())
 
 
-def our_command(model: str, dtype: str, config: dict[str, Any] | None = None) -> list[str]:
+def our_command(model: str, dtype: str, config: dict[str, Any] | None = None, *, rehearses: bool = False) -> list[str]:
     """What `run_elsewhere` starts for us.
 
     Args:
         config: fields of `EngineConfig` that are not at their defaults.
+        rehearses: answer the first set once before the one that is timed.
     """
     command = [sys.executable, "-m", "benchmarks.offline_run", "--model", model, "--dtype", dtype]
-    return [*command, "--config", json.dumps(config or {})]
+    return [*command, "--config", json.dumps(config or {}), *(["--rehearse"] if rehearses else [])]
 
 
 def main() -> None:
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--config", type=json.loads, default={}, help="fields of EngineConfig, as JSON")
+    parser.add_argument("--rehearse", action="store_true", help="answer the first set once before")
     parser.add_argument("--requests", type=Path, required=True)
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args()
@@ -95,7 +97,7 @@ def main() -> None:
     start = time.perf_counter()
     llm = LLM(args.model, dtype=args.dtype, **args.config)
     load_s = time.perf_counter() - start
-    run_set(llm, sets[0], output_tokens=2)  # the allocator and the branch predictor get to know the work
+    run_set(llm, sets[0], None if args.rehearse else 2)  # the allocator and the branch predictor get to know the work
     runs = {each.name: asdict(run_set(llm, each)) for each in sets}
     args.json.write_text(json.dumps({"load_s": load_s, "runs": runs}))
 

@@ -2,16 +2,16 @@
 
     python -m benchmarks.peers --model FOLDER --peer-python PATH [--dtypes float32,bfloat16] [--rounds 3] [--quick]
 
-PATH is a Python that has torch and transformers 5 (and psutil, which its continuous batching wants on a CPU); without one
-only we run. Each engine runs in a process of its own on all cores, one after the other, round by round, on the same folder,
-token ids and output lengths (`benchmarks.workload.request_set` says which). A ratio is ours over the best peer's of the
-same round; rows are medians of the rounds. Loading and compiling are not counted, of anybody.
+PATH is a Python that has torch and transformers 5 (and psutil, which its continuous batching wants on a CPU); without
+one only we run. Each engine runs in a process of its own on all cores, one after the other, round by round, on the same
+folder, token ids and output lengths (`benchmarks.workload.request_set` says which). A ratio is ours over the best
+peer's of the same round; rows are medians of the rounds. Loading and compiling are not counted, of anybody.
 
 In float32 the greedy answers of the batch are compared token by token; where one differs, the place is printed with how
 close the two likeliest tokens of that request ever were: under 1e-4 of a unit, rounding decides and neither is wrong.
 
-`scripts/make_model_folder.py` makes folders. In the shape of SmolLM2-135M, the rows also compare with what llama.cpp and
-EasyDeL's eSurge made of it on another machine: neither is run here, because llama.cpp wants its own file format.
+`scripts/make_model_folder.py` makes folders. In the shape of SmolLM2-135M, the rows also compare with what llama.cpp
+and EasyDeL's eSurge made of it on another machine; neither is run here.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def peer_commands(python: str | None, folder: Path, dtype: str, static_sizes: Se
     found = modules_of(python, ("torch", "transformers", "psutil"))
     if not {"torch", "transformers"} <= found:
         raise SystemExit(f"--peer-python: {python!r} lacks torch or transformers. Install both there.")
-    command = [python, "-P", str(ROOT / "benchmarks" / "transformers_run.py"), "--model", str(folder), "--dtype", dtype]
+    command = [python, "-P", str(ROOT / "scripts" / "transformers_run.py"), "--model", str(folder), "--dtype", dtype]
     peers = {f"static {size}": [*command, "--mode", "static", "--batch-size", str(size)] for size in static_sizes}
     if "psutil" in found:
         peers["continuous"] = [*command, "--mode", "continuous"]

@@ -1,6 +1,6 @@
 """How fast is a running server for its users?
 
-    python -m benchmarks.serve [--model demo] [--rates 1,2,4] [--streams 64] [--offline-rounds 3] [--quick] [--json FILE]
+    python -m benchmarks.serve [--model demo] [--rates 1,2,4] [--streams 64] [--offline-rounds 3] [--quick]
 
 Open loop: requests arrive by a Poisson process whether or not earlier ones are answered, once for each
 rate. Closed loop: a fixed number of clients, each sending its next request when the last is answered.
@@ -9,9 +9,9 @@ The server is started here, unless --url names one; it and the clients share the
 Goodput counts the requests a second that met both objectives: TTFT and the request's mean inter-token
 latency (the definition of DistServe, arXiv:2401.09670 §2).
 
-Last, what serving costs: the closed loop's requests once through the server, all streams at once, and once through `LLM` in
-a process of its own with the server's flags, in turn, --offline-rounds times with other prompts each. The row is the
-median of the rounds' ratios of output tokens a second. The server idles while the other runs.
+Last, what serving costs: the closed loop's requests once through `LLM` in a process of its own with the server's
+flags, and once through the server, all streams at once; --offline-rounds times, with other prompts each. The row is
+the median of the rounds' ratios of output tokens a second. The server idles while the other runs.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def offline_command(model: str, flags: list[str]) -> list[str]:
     default = EngineConfig()
     config = {f.name: getattr(options.engine, f.name) for f in dataclasses.fields(EngineConfig)}
     changed = {name: value for name, value in config.items() if value != getattr(default, name)}
-    return our_command(options.model, options.dtype, changed)
+    return our_command(options.model, options.dtype, changed, rehearses=True)  # the server has answered before, too
 
 
 async def against_offline(client: StreamClient, command: list[str], rounds: list[RequestSet], report: Report) -> None:

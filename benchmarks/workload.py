@@ -114,7 +114,7 @@ def request_set(
             work = Workload(num_requests=min(num_requests, 8) if quick else num_requests, seed=seed, **small)
             return RequestSet(name=name, prompts=work.prompts(vocabulary), output_tokens=work.output_tokens)
         case "shared":
-            count, shared, own, outputs = (6, 48, 16, 4) if quick else (48, 384, 32, 32)
+            count, shared, own, outputs = (6, 32, 16, 4) if quick else (48, 384, 32, 32)
             prefix = draw(shared)
             prompts = [prefix + draw(own) for _ in range(count)]
             return RequestSet(name=name, prompts=prompts, output_tokens=outputs, num_shared=shared)

@@ -2,9 +2,9 @@
 
     python scripts/make_model_folder.py OUT SHAPE [--dtype float32|bfloat16] [--seed N] [--tiny]
 
-For measuring: the speed of a model depends on its shape alone, and these are made in seconds, without a network and the
-same on every machine. Weights are as in `make_tiny_models.py`, but for `gain`: logits are several units wide, and greedy
-answers neither repeat themselves nor hang on rounding.
+For measuring: the speed of a model depends on its shape alone, and these are made in seconds, without a network and
+the same on every machine. Weights are as in `make_tiny_models.py`, but for `gain`: logits are several units wide, and
+greedy answers neither repeat themselves nor hang on rounding.
 
 The tokenizer is the demo model's with the vocabulary filled up: every id of the model is a token with text, so that
 whatever is generated can be streamed. No text is encoded into one of those added, because no merge leads there.
@@ -95,8 +95,8 @@ def gain(name: str) -> float:
     """What a tensor of `make_tiny_models.py` is multiplied with, so that thirty such layers stay a calm function.
 
     Without it, float32 rounding moves the logits of SmolLM2-135M's shape by 1.7e-5 of a unit on average, where the mean
-    gap of the two likeliest tokens is 0.7: one greedy answer in 64 of 64 tokens hangs on it about every tenth time. With
-    milder queries and keys, and layers that add less the later they come, it is 2.4e-6.
+    gap of the two likeliest tokens is 0.7: of 64 greedy answers of 64 tokens, one would differ between two engines
+    about every tenth time. With milder queries and keys, and layers that add less the later they come, it is 2.4e-6.
     """
     layer, _, inner = name.removeprefix("model.layers.").partition(".")
     if inner.startswith(("self_attn.q_", "self_attn.k_")):
