@@ -99,6 +99,8 @@ def gain(name: str) -> float:
     about every tenth time. With milder queries and keys, and layers that add less the later they come, it is 2.4e-6.
     """
     layer, _, inner = name.removeprefix("model.layers.").partition(".")
+    if inner == "self_attn.v_proj.bias":
+        return 0.05  # the same in every value: a mean over many keys would be nothing else, and answers repeat a token
     if inner.startswith(("self_attn.q_", "self_attn.k_")):
         return 0.5
     if inner.startswith(("self_attn.o_proj", "mlp.down_proj")):
