@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import ROOT
 from benchmarks.workload import RequestSet
 from jaxserve import LLM, SamplingParams
 
@@ -67,7 +66,7 @@ def run_elsewhere(command: Sequence[str], requests: Sequence[RequestSet]) -> dic
         folder = Path(name)
         (folder / "requests.json").write_text(json.dumps([asdict(each) for each in requests]))
         files = ["--requests", str(folder / "requests.json"), "--json", str(folder / "answer.json")]
-        done = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run([*command, *files], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
         return json.loads((folder / "answer.json").read_text())
