@@ -111,6 +111,8 @@ class EngineConfig:
         max_num_queued_reqs: bound of the waiting queue; past it requests are refused with 503.
         queue_timeout: seconds; a request that waits longer for its first step is refused with 503; 0 lets
             it wait for ever. Of `AsyncEngine` only: an offline run has nobody to answer in time.
+        batching_window_ms: a request that comes while rows are free waits so long for others to start with; what
+            runs is not held up. At most 10,000. Of `AsyncEngine` only: an offline run has all requests at once.
         kv_cache_memory_bytes: KV pool size; goes before gpu_memory_utilization.
         gpu_memory_utilization: share of the device's memory for weights, activations and KV.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
@@ -137,6 +139,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_num_queued_reqs: int = 1024
     queue_timeout: float = 30.0
+    batching_window_ms: float = 0.0
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
@@ -167,6 +170,10 @@ class EngineConfig:
             raise ConfigError(f"queue_timeout must be at least 0 seconds, got {self.queue_timeout}.")
         if not self.stream_interval_ms >= 0:
             raise ConfigError(f"stream_interval_ms must be at least 0, got {self.stream_interval_ms}.")
+        if not 0 <= self.batching_window_ms <= 10_000:
+            raise ConfigError(
+                f"batching_window_ms must be from 0 to 10000 milliseconds, got {self.batching_window_ms}. Try 20."
+            )
         if not 0 <= self.swap_space < float("inf"):
             raise ConfigError(f"swap_space must be a number of GiB of at least 0, got {self.swap_space}.")
         if self.num_gpu_blocks_override is not None and self.num_gpu_blocks_override < 2:

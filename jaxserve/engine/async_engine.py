@@ -1,8 +1,7 @@
 """`AsyncEngine`: the one seam that HTTP, and everything later, plugs into. Token in, token out.
 
-The step loop runs in a thread of its own, which alone touches `EngineCore`. Callers' requests and
-aborts reach it through a mailbox that it empties between steps; deltas go back to each caller's event
-loop, one wake-up a step however many streams there are.
+The step loop runs in a thread of its own (`step_loop`). Deltas go back to each caller's event loop, one wake-up
+a step however many streams there are.
 """
 
 from __future__ import annotations
@@ -12,64 +11,20 @@ import itertools
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
 from jaxserve.config import EngineConfig, EngineLimits, ModelConfig
-from jaxserve.engine.admission import AdmittedParams
 from jaxserve.engine.compiled import OnProgress
 from jaxserve.engine.engine import EngineCore
-from jaxserve.errors import DrainingError, EngineDeadError, JaxserveError, QueueFullError, QueueTimeoutError
+from jaxserve.engine.step_loop import Arrival, StepLoop
+from jaxserve.engine.stream import Item, Stream
+from jaxserve.errors import DrainingError, EngineDeadError
 from jaxserve.metrics import EngineMetrics
 from jaxserve.types import BeamSearchParams, Delta, EngineStats, FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-ENDS_ALL: tuple[FinishReason, ...] = ("error", "abort")  # a delta with one of these is the request's last
-IDLE_CHECK_S = 1.0  # idle this long, the engine examines itself: 6 ms with 100,000 blocks, nobody should wait for
-
-
-_Item = Delta | JaxserveError | None
-
-
-@dataclass(slots=True, eq=False)
-class _Stream:
-    """One caller's end of a request. Belongs to the caller's event loop; the step loop only carries it.
-
-    Attributes:
-        num_open: continuations without a finish_reason.
-        items: what came and was not read; None: nothing follows.
-    """
-
-    request_id: str
-    loop: asyncio.AbstractEventLoop
-    num_open: int
-    items: deque[_Item] = field(default_factory=deque)
-    wake: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @property
-    def done(self) -> bool:
-        return self.num_open <= 0
-
-    def take(self) -> Delta | None:
-        """The next item; None where it only says that nothing follows.
-
-        Raises:
-            JaxserveError: the item, or the one in its delta.
-        """
-        item = self.items.popleft()
-        if item is None or isinstance(item, JaxserveError) or item.finish_reason in ENDS_ALL:
-            self.num_open = 0
-        elif item.finish_reason is not None:
-            self.num_open -= 1
-        error = item.error if isinstance(item, Delta) else item
-        if error is not None:
-            raise error
-        assert item is None or isinstance(item, Delta)
-        return item
 
 
 class AsyncEngine:
@@ -87,15 +42,13 @@ class AsyncEngine:
         self._params = params
         self._config = config or EngineConfig()
         self._core: EngineCore | None = None
+        self._loop: StepLoop
         self._ids = itertools.count()
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._resets: set[Future[int]] = set()
-        self._mailbox: deque[Callable[[EngineCore], None]] = deque()
-        self._mail = threading.Condition()
-        self._stopping = self._draining = False
+        self._draining = False
         self._death: EngineDeadError | None = None
         self._thread: threading.Thread | None = None
-        self._stats: EngineStats | None = None
 
     def start(self, on_progress: OnProgress | None = None) -> None:
         """Allocates, compiles and starts the step loop. Blocks until requests can be served.
@@ -109,8 +62,8 @@ class AsyncEngine:
         assert self._core is None, "started twice"
         self._core = EngineCore(self.model, self._params, self._config, on_progress=on_progress)
         self._params = None  # the runner holds them
-        self._stats = self._core.stats()
-        self._thread = threading.Thread(target=self._run, args=(self._core,), name="jaxserve-steps", daemon=True)
+        self._loop = StepLoop(self._core, self._config, self._deliver)
+        self._thread = threading.Thread(target=self._run, name="jaxserve-steps", daemon=True)
         self._thread.start()
 
     @property
@@ -137,7 +90,11 @@ class AsyncEngine:
 
     def stats(self) -> EngineStats:
         """A reading of the engine. Cheap; from any thread."""
-        return self._started().stats()
+        self._started()
+        return self._loop.stats()
+
+    async def refresh(self) -> None:
+        """Brings `metrics` and `stats` up to date: here they always are."""
 
     async def generate(
         self,
@@ -147,7 +104,7 @@ class AsyncEngine:
         request_id: str | None = None,
         cache_salt: str | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        """Yields what the request's continuations gain, one token a delta, until each has had a finish_reason.
+        """Yields what the request's continuations gain, until each has had a finish_reason.
 
         An "error" or "abort" of one ends them all. A beam search yields its hypotheses at its end. Closing the
         iterator, or cancelling the task that reads it, aborts the request and frees its blocks before the next step.
@@ -168,19 +125,16 @@ class AsyncEngine:
         request_id = f"gen-{next(self._ids)}" if request_id is None else request_id
         if request_id in self._streams:
             raise ValueError(f"Request id {request_id!r} is in use. Choose another, or none.")
-        stream = _Stream(request_id, asyncio.get_running_loop(), params.num_sequences)
+        stream = Stream(request_id, params.num_sequences)
         self._streams[request_id] = stream
         try:
             if self._death is not None:  # since it was looked at: nobody would wake this stream
                 raise self._death
-            self._post(lambda core: self._add(core, stream, admitted, time.monotonic()))
-            while not stream.done:
-                await stream.wake.wait()
-                stream.wake.clear()
-                while stream.items and not stream.done:
-                    delta = stream.take()
-                    if delta is not None:
-                        yield delta
+            self._loop.add(Arrival(request_id, stream, admitted, params.num_sequences, len(token_ids)))
+            while await stream.more():
+                delta = stream.take()
+                if delta is not None:
+                    yield delta
         finally:
             del self._streams[request_id]
             if not stream.done:
@@ -193,7 +147,8 @@ class AsyncEngine:
             reason: "stop" where the caller found a stop string in the text.
             index: which continuation; None for all of them.
         """
-        self._post(lambda core: self._abort(core, request_id, reason, index))
+        self._started()
+        self._loop.abort(request_id, reason, index)
 
     async def reset_prefix_cache(self) -> int:
         """Forgets the KV of past prompts and outputs; returns how many blocks of it there were.
@@ -209,7 +164,7 @@ class AsyncEngine:
         try:
             if self._death is not None:
                 raise self._death
-            self._post(lambda core: self._reset_prefix_cache(core, answer))
+            self._loop.reset_prefix_cache(lambda num_blocks: _settle(answer, num_blocks))
             return await asyncio.wrap_future(answer)
         finally:
             self._resets.discard(answer)
@@ -237,10 +192,8 @@ class AsyncEngine:
 
     def shutdown(self) -> None:
         """Ends the step loop; open requests fail with EngineDeadError. Blocks until the loop has ended."""
-        with self._mail:
-            self._stopping = True
-            self._mail.notify()
         if self._thread is not None:
+            self._loop.stop()
             self._thread.join()
 
     def _started(self) -> EngineCore:
@@ -255,82 +208,18 @@ class AsyncEngine:
             self._started().metrics.on_rejected("draining")
             raise DrainingError("The server is shutting down.", retry_after_s=5)
 
-    def _post(self, message: Callable[[EngineCore], None]) -> None:
-        with self._mail:
-            self._mailbox.append(message)
-            self._mail.notify()
-
     # Everything below runs in the step loop's thread.
 
-    def _run(self, core: EngineCore) -> None:
-        try:
-            while self._read_mail(core):
-                if core.has_work:
-                    self._expire(core)
-                    self._deliver(core.step())
-        except Exception as error:
-            logger.critical("the step loop ended", exc_info=error)
-            self._die(error if isinstance(error, EngineDeadError) else EngineDeadError("The step loop failed."))
-        else:
-            self._die(EngineDeadError("The engine was shut down."))
+    def _run(self) -> None:
+        error = self._death = self._loop.run()
+        self._deliver([(stream, error) for stream in list(self._streams.values())])
+        for answer in list(self._resets):
+            if not answer.done() and answer.set_running_or_notify_cancel():
+                answer.set_exception(error)
 
-    def _read_mail(self, core: EngineCore) -> bool:
-        """Empties the mailbox, waiting for mail while there is no work. False: time to stop."""
-        with self._mail:
-            if not self._mailbox and not core.has_work and not self._stopping:
-                if not self._mail.wait(IDLE_CHECK_S):
-                    self._check_idle(core)
-                while not self._mailbox and not self._stopping:
-                    self._mail.wait()
-            messages, self._mailbox = self._mailbox, deque()
-        for message in messages:
-            message(core)
-        return not self._stopping
-
-    def _check_idle(self, core: EngineCore) -> None:
-        """The idle engine examines itself: all blocks must be back. A breach is logged, not fatal."""
-        try:
-            core.scheduler.check_integrity()
-        except AssertionError as breach:
-            logger.critical("the scheduler's tables are inconsistent", exc_info=breach)
-
-    def _add(self, core: EngineCore, stream: _Stream, admitted: AdmittedParams, arrival_s: float) -> None:
-        try:
-            core.add(stream.request_id, admitted, stream, arrival_s)
-        except JaxserveError as error:
-            if isinstance(error, QueueFullError):
-                core.metrics.on_rejected("queue_full")
-            self._deliver([(stream, error)])
-
-    def _expire(self, core: EngineCore) -> None:
-        """Refuses who has waited too long for a first step: better a 503 now than an answer to nobody."""
-        timeout_s = self._config.queue_timeout
-        if not timeout_s or not core.scheduler.num_waiting:
-            return
-        for request_id in dict.fromkeys(core.waiting_since(time.monotonic() - timeout_s)):
-            error = QueueTimeoutError(f"The request waited {timeout_s:g} s for its first step.", retry_after_s=5)
-            stream = core.refuse(request_id, "queue_timeout")
-            assert stream is not None, "it stood in the queue"
-            self._deliver([(stream, error)])
-
-    def _abort(self, core: EngineCore, request_id: str, reason: FinishReason, index: int | None) -> None:
-        if index is None:
-            stream: _Stream | None = core.abort(request_id, reason)
-            items: list[_Item] = [Delta(finish_reason=reason), None]
-        else:
-            stream = core.abort_sequence(request_id, index, reason)
-            items = [Delta(finish_reason=reason, index=index)]
-        if stream is not None:
-            self._deliver([(stream, item) for item in items])
-
-    def _reset_prefix_cache(self, core: EngineCore, answer: Future[int]) -> None:
-        num_blocks = core.reset_prefix_cache()
-        if answer.set_running_or_notify_cancel():
-            answer.set_result(num_blocks)
-
-    def _deliver(self, items: Sequence[tuple[_Stream, _Item]]) -> None:
+    def _deliver(self, items: list[tuple[Any, Item]]) -> None:
         """Hands each stream its items, with one wake-up an event loop."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, _Item]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Stream, Item]]] = {}
         for item in items:
             by_loop.setdefault(item[0].loop, []).append(item)
         for loop, batch in by_loop.items():
@@ -339,15 +228,12 @@ class AsyncEngine:
             except RuntimeError:  # that loop is closed: nobody is left to read
                 logger.warning("dropped %d deltas of a closed event loop", len(batch))
 
-    def _die(self, error: EngineDeadError) -> None:
-        self._death = error
-        self._deliver([(stream, error) for stream in list(self._streams.values())])
-        for answer in list(self._resets):
-            if not answer.done() and answer.set_running_or_notify_cancel():
-                answer.set_exception(error)
 
-
-def _put(batch: list[tuple[_Stream, _Item]]) -> None:
+def _put(batch: list[tuple[Stream, Item]]) -> None:
     for stream, item in batch:
-        stream.items.append(item)
-        stream.wake.set()
+        stream.put(item)
+
+
+def _settle(answer: Future[int], num_blocks: int) -> None:
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(num_blocks)

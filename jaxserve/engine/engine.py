@@ -116,6 +116,11 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work or self._pending is not None
 
+    @property
+    def open_requests(self) -> abc.KeysView[str]:
+        """Ids of the requests that are in line, run or are swapped out."""
+        return self._generations.keys()
+
     def check(
         self, token_ids: abc.Sequence[int], params: SamplingParams | BeamSearchParams, cache_salt: str | None = None
     ) -> AdmittedParams:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import aclosing
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +14,12 @@ import pytest
 from jaxserve.config import EngineConfig
 from jaxserve.engine import async_engine
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.errors import EngineDeadError, NumericalError, ParameterError
+from jaxserve.errors import EngineDeadError, EngineError, NumericalError, ParameterError
 from jaxserve.types import BeamSearchParams, Delta, SamplingParams
 
 
 class ScriptedCore:
-    """Gives one delta of `script` a step to the one request that is there; waits at an event.
+    """Gives one delta of `script` a step to the one request that is there; waits at an event; forgets it at None.
 
     Attributes:
         told: what was aborted: (request id, index or None, reason).
@@ -33,12 +33,17 @@ class ScriptedCore:
         self.told: list[tuple[str, int | None, str]] = []
         self.checked: list[tuple[Any, str | None]] = []
         self.num_resets = 0
-        self.scheduler = SimpleNamespace(num_waiting=0, check_integrity=lambda: None)
+        self.scheduler = SimpleNamespace(num_running=0, num_waiting=0, check_integrity=lambda: None)
+        self.limits = SimpleNamespace(max_num_seqs=8, max_num_batched_tokens=64)
         self.metrics = SimpleNamespace(on_rejected=lambda reason: None)
 
     @property
     def has_work(self) -> bool:
         return self.owner is not None and bool(self.script)
+
+    @property
+    def open_requests(self) -> Set[str]:
+        return set() if self.owner is None else {self.owner.request_id}
 
     def stats(self) -> None:
         return None
@@ -57,6 +62,9 @@ class ScriptedCore:
             return []
         if isinstance(item, Exception):
             raise item
+        if item is None:
+            self.owner = None
+            return []
         return [] if item.index in self.ended else [(self.owner, item)]
 
     def abort(self, request_id: str, reason: str = "abort") -> Any:
@@ -125,6 +133,23 @@ def test_the_failure_of_one_ends_all(make_engine: Callable) -> None:
     with pytest.raises(NumericalError):
         asyncio.run(read(engine))
     assert core.told == []  # the core has ended it
+
+
+def test_a_request_that_the_core_drops_ends_with_an_error(make_engine: Callable, caplog: Any) -> None:
+    """A search with fewer hypotheses than its width left its reader waiting for ever."""
+    engine, core = make_engine(token(0, "stop"), token(2), None)
+
+    async def run() -> list[tuple[int, str | None]]:
+        got = []
+        with pytest.raises(EngineError, match="dropped"):
+            async for delta in engine.generate([1], SamplingParams(n=3), request_id="r"):
+                got.append((delta.index, delta.finish_reason))
+        return got
+
+    assert asyncio.run(asyncio.wait_for(run(), 20)) == [(0, "stop"), (2, None)]
+    assert core.told == []
+    assert engine._streams == {}
+    assert "request r ended with 2 of its answers open" in caplog.text
 
 
 @pytest.mark.parametrize("reason", ["abort", "stop"])
