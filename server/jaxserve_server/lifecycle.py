@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +24,7 @@ from starlette.routing import Route
 
 from jaxserve.errors import ConfigError, JaxserveError
 from jaxserve_server.app import Application, AppSettings, build_app
+from jaxserve_server.exit import leave_at_once
 from jaxserve_server.protocol import ConnectionLimits, timed_protocol
 from jaxserve_server.startup_log import ThroughputLog, log_ready
 from jaxserve_server.status import Loaded, Phase, ServerStatus
@@ -78,7 +77,13 @@ class QuietServer(uvicorn.Server):
 class Supervisor:
     """Runs one server until a signal, and says with which exit code the process should end."""
 
-    def __init__(self, settings: ServerSettings, load: Callable[[], Loaded], api_routes: Sequence[Route]) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        load: Callable[[asyncio.AbstractEventLoop], Loaded],
+        api_routes: Sequence[Route],
+    ) -> None:
+        """`load` is called in a thread, with the event loop that will serve."""
         self._settings = settings
         self._load = load
         self._status = ServerStatus()
@@ -170,7 +175,7 @@ class Supervisor:
 
     def _load_in_thread(self) -> None:
         try:
-            loaded = self._load()
+            loaded = self._load(self._loop)
         except BaseException as exc:
             self._hand_over(lambda failure=exc: self._loading.set_exception(failure))
         else:
@@ -199,6 +204,7 @@ class Supervisor:
         certificates = self._certificates()
         while True:
             await asyncio.sleep(REPORT_EVERY_S)
+            await loaded.engine.refresh()
             line = throughput.line(time.monotonic())
             if line is not None and self._settings.log_stats:
                 logger.info(line)
@@ -280,11 +286,3 @@ def listen(host: str, port: int) -> socket.socket:
             f"Cannot listen on {host}:{port}: {exc.strerror or exc}. Choose another --host or --port."
         ) from None
     return listener
-
-
-def leave_at_once(code: int) -> None:
-    """Ends the process without the interpreter's clean-up."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stderr.flush()
-        sys.stdout.flush()
-    os._exit(code)

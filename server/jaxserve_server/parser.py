@@ -45,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "ssl_keyfile": None,
     "ssl_certfile": None,
     "enable_ssl_refresh": False,
+    "disable_frontend_multiprocessing": False,
 }
 
 
@@ -105,6 +106,7 @@ def add_server_flags(parser: Parser) -> None:
     add("--uvicorn-log-level", choices=LOG_LEVELS, help="of the HTTP server (info)")
     add("--disable-log-requests", "--disable-uvicorn-access-log", action="store_true", help="no line a request")
     add("--disable-log-stats", action="store_true", help="no throughput line every 10 s")
+    add("--disable-frontend-multiprocessing", action="store_true", help="the engine in the HTTP server's process")
 
 
 def add_engine_flags(parser: Parser) -> None:
@@ -119,6 +121,7 @@ def add_engine_flags(parser: Parser) -> None:
         metavar="S",
         help="seconds to wait for a first step, then 503 (30); 0: for ever",
     )
+    add("--batching-window-ms", type=milliseconds, metavar="MS", help="wait so long for others to start with (0)")
     add("--block-size", type=positive, metavar="N", help="tokens a KV block (16)")
     add("--kv-cache-memory-bytes", type=positive, metavar="BYTES", help="KV pool, e.g. 2GiB; goes before the share")
     add(

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterable
-
-from starlette.routing import Route
+from typing import TYPE_CHECKING
 
 from jaxserve import __version__
 from jaxserve.metrics import EngineMetrics
 from jaxserve.types import EngineStats
 from jaxserve_server.flags import Options
+
+if TYPE_CHECKING:
+    from starlette.routing import Route  # the engine's process logs, too, and serves no routes
 
 GIB = 2**30
 MAX_VALUE_CHARS = 200  # --chat-template may hold a whole template

@@ -31,8 +31,12 @@ class ManagedEngine(AsyncEngineLike, Protocol):
     @property
     def metrics(self) -> EngineMetrics: ...
 
+    async def refresh(self) -> None:
+        """Brings `metrics` and `stats` up to date, where they are a copy of another process'."""
+        ...
+
     def shutdown(self) -> None:
-        """Stops the step loop and frees the device. Blocks until done."""
+        """Stops the engine and frees the device. Blocks until done."""
         ...
 
 

@@ -46,9 +46,10 @@ class OpsRoutes:
 
     async def metrics(self, request: Request) -> Response:
         """The engine's numbers, once there is an engine; before that the phase gate answers, or this 503."""
-        page = self._status.metrics_page
-        if page is None:
+        loaded, page = self._status.loaded, self._status.metrics_page
+        if loaded is None or page is None:
             return error_response(ApiError(ErrorKind.SERVER_STARTING))
+        await loaded.engine.refresh()
         return Response(page.render(), headers={"content-type": CONTENT_TYPE})
 
     def routes(self) -> list[Route]:

@@ -77,6 +77,9 @@ class CountingEngine:
         idle = dict.fromkeys(EngineStats.__dataclass_fields__, 0) | {"num_blocks": 8, "num_free_blocks": 8}
         return EngineStats(**(idle | {"num_running": self.num_open} | self.reading))
 
+    async def refresh(self) -> None:
+        pass
+
     def shutdown(self) -> None:
         time.sleep(self._shutdown_s)
         print("engine shut down", flush=True)
@@ -188,7 +191,7 @@ def main() -> int:
         uvicorn_log_level="warning",
         **settings.get("server", {}),
     )
-    return Supervisor(server, lambda: load(settings), [*ROUTES, *api_routes()]).run()
+    return Supervisor(server, lambda loop: load(settings), [*ROUTES, *api_routes()]).run()
 
 
 if __name__ == "__main__":

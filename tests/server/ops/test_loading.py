@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
@@ -15,12 +13,8 @@ from jaxserve_server.loading import model_names, sampling_defaults
 from jaxserve_server.startup_log import log_reuse
 
 
-def model(**defaults: Any) -> Any:
-    return SimpleNamespace(generation_defaults=defaults)
-
-
 def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path) -> None:
-    own = model(temperature=0.6, top_k=20)
+    own = {"temperature": 0.6, "top_k": 20}
     assert sampling_defaults("auto", own) == {"temperature": 0.6, "top_k": 20}
     assert sampling_defaults("vllm", own) == {}
     (tmp_path / "generation_config.json").write_text(json.dumps({"top_p": 0.7}))
@@ -31,8 +25,8 @@ def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path)
 
 def test_defaults_out_of_bounds_stop_the_start_and_not_every_request() -> None:
     with pytest.raises(ConfigError, match=r"generation_config\.json: .*'temperature'.*--generation-config vllm"):
-        sampling_defaults("auto", model(temperature=3.5))
-    assert sampling_defaults("vllm", model(temperature=3.5)) == {}
+        sampling_defaults("auto", {"temperature": 3.5})
+    assert sampling_defaults("vllm", {"temperature": 3.5}) == {}
 
 
 def test_the_log_says_what_becomes_of_kv(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,82 @@
+"""The engine's half of loading: weights on their device, programs compiled, a line in the log for each part.
+
+Runs in the engine's process, or in a thread of the server's where there is only one. The one module of the server
+that brings jax with it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import jax
+
+from jaxserve import __version__
+from jaxserve.config import EngineLimits
+from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve_checkpoints.load import LoadedModel, load_model
+from jaxserve_server.engine_process import ReadyEngine
+from jaxserve_server.startup_log import log_compiled, log_engine_ready, log_kv_cache, log_reuse, log_weights
+from jaxserve_server.wire import ModelRead, Start
+
+
+def read_weights(start: Start) -> LoadedModel:
+    """The model that is asked for, with the line that says so.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ConfigError: it cannot be served as asked.
+    """
+    model = load_model(start.model, dtype=start.dtype, revision=start.revision)
+    log_weights(model.num_bytes, model.seconds)
+    return model
+
+
+def model_read(model: LoadedModel) -> ModelRead:
+    """What the server needs to know of the model."""
+    return ModelRead(str(model.folder), model.config, dict(model.generation_defaults))
+
+
+def log_engine(start: Start, limits: EngineLimits, kv_bytes: int, init_s: float) -> None:
+    """Says what an engine holds, and how long it took to begin."""
+    log_kv_cache(
+        device=jax.default_backend().upper(),
+        num_bytes=kv_bytes,
+        num_tokens=limits.num_kv_tokens,
+        max_model_len=limits.max_model_len,
+        concurrency=limits.max_concurrency,
+    )
+    log_reuse(
+        prefix_caching=start.engine.enable_prefix_caching,
+        num_swap_blocks=limits.num_swap_blocks,
+        num_swap_bytes=limits.num_swap_blocks * kv_bytes // limits.num_blocks,
+    )
+    log_engine_ready(init_s)
+
+
+def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:
+    """Names what the tokens depend on: the code's version, the weights, their dtype and the sizes."""
+    facts = f"{model.version} {model.config.dtype} {limits} {jax.default_backend()} {jax.__version__}"
+    return f"jaxserve-{__version__}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+
+
+class LocalLaunch:
+    """Starts an engine in this process: a `Launch`."""
+
+    def __init__(self, start: Start) -> None:
+        self._start = start
+        self._model: LoadedModel | None = None
+
+    def read_model(self) -> ModelRead:
+        self._model = read_weights(self._start)
+        return model_read(self._model)
+
+    def finish(self) -> ReadyEngine:
+        model, self._model = self._model, None
+        assert model is not None, "read_model comes first"
+        engine = AsyncEngine(model.config, model.params, self._start.engine)
+        engine.start(on_progress=log_compiled)
+        log_engine(self._start, engine.limits, engine.kv_bytes, engine.init_s)
+        return ReadyEngine(engine, engine.limits, fingerprint(model, engine.limits))
+
+    def abandon(self) -> None:
+        self._model = None
