@@ -246,7 +246,8 @@ def pack_error(error: BaseException) -> WireError:
     """An error that is not jaxserve's own crosses as an EngineError without details."""
     if not isinstance(error, JaxserveError):
         return WireError("EngineError", f"The engine failed with {type(error).__name__}.", {})
-    return WireError(type(error).__name__, str(error), dict(vars(error)))
+    attributes = {name: held for name, held in vars(error).items() if held is None or isinstance(held, str | int)}
+    return WireError(type(error).__name__, str(error), attributes)
 
 
 def unpack_error(wire: WireError) -> JaxserveError:
