@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 from jaxserve.config import EngineLimits
 from jaxserve.errors import EngineDeadError
 from jaxserve_server import wire
+from jaxserve_server.flags import API_KEY_VARIABLE
 from jaxserve_server.remote_engine import RemoteEngine
 from jaxserve_server.status import ManagedEngine
 
@@ -112,8 +113,9 @@ def interpreter_flags() -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with this process' import path: the child must import the very same files."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)}
+    """This environment without the keys, with this process' import path: the child must import the very same files."""
+    kept = {name: value for name, value in os.environ.items() if name != API_KEY_VARIABLE}
+    return kept | {"PYTHONPATH": os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)}
 
 
 class RemoteLaunch:

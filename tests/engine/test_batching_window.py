@@ -99,7 +99,7 @@ def test_its_bounds(value: float) -> None:
 
 # --- in the loop ----------------------------------------------------------------------------------------------
 
-LONG_MS = 400.0
+LONG_MS = 1000.0
 
 
 @pytest.fixture(scope="module")

@@ -90,8 +90,8 @@ def _style(request: ChatRequest) -> Style:
     )
 
 
-async def _states(call: _Call, candidates: Candidates) -> AsyncGenerator[Choice, None]:
-    """The choices, each after each of its tokens."""
+async def _states(call: _Call, candidates: Candidates) -> AsyncGenerator[Choice | None, None]:
+    """The choices, each after each of its tokens; None after those that came together."""
     async with aclosing(run(call.serving, [call.job])) as gains:
         async for gain in gains:
             candidates.note(gain)
@@ -99,6 +99,7 @@ async def _states(call: _Call, candidates: Candidates) -> AsyncGenerator[Choice,
                 choice = candidates.choices[part.index]
                 choice.add(part.gain)
                 yield choice
+            yield None
 
 
 async def _whole(call: _Call) -> ChatCompletion:
@@ -131,21 +132,27 @@ def _chat_choice(call: _Call, choice: Choice) -> ChatChoice:
 
 
 async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
-    """For each choice the role with its first token, then a chunk a token; its last one says why it ended."""
+    """For each choice the role with its first token, then a chunk a token; its last one says why it ended.
+
+    The chunks of tokens that came together leave in one piece: a write costs several times a chunk.
+    """
     candidates = Candidates(call.job, call.style)
     options = call.request.stream_options
     continuous = bool(options and options.continuous_usage_stats)
     with_role: set[int] = set()
+    events = b""
     async with aclosing(_states(call, candidates)) as states:
         async for choice in states:
-            events = b""
+            if choice is None:
+                if events:
+                    yield events
+                    events = b""
+                continue
             if choice.index not in with_role:
-                events = _role_event(call, choice, continuous, is_first=not with_role)
+                events += _role_event(call, choice, continuous, is_first=not with_role)
                 with_role.add(choice.index)
             if choice.due:
                 events += _content_event(call, choice, continuous)
-            if events:
-                yield events
     last = DONE
     if options and options.include_usage:
         chunk = call.chunk([])

@@ -83,8 +83,11 @@ def _style(request: CompletionRequest) -> Style:
     )
 
 
-async def _gains(call: _Call, prompts: list[Candidates]) -> AsyncGenerator[Choice, None]:
-    """The choices, each as soon as it gained something; an echoed prompt comes with the first of it."""
+async def _gains(call: _Call, prompts: list[Candidates]) -> AsyncGenerator[Choice | None, None]:
+    """The choices, each after each of its tokens; None after those that came together.
+
+    An echoed prompt comes with the first of a choice's tokens.
+    """
     echoes: list[tuple[str, list[int]]] = []
     if call.request.echo:
         size = sum(len(job.prompt.token_ids) for job in call.jobs)
@@ -103,6 +106,7 @@ async def _gains(call: _Call, prompts: list[Candidates]) -> AsyncGenerator[Choic
                     choice.echo(*echoes[gain.job], wanted)
                 choice.add(_NOTHING if call.echo_only else part.gain)
                 yield choice
+            yield None
 
 
 _NOTHING = TextDelta("", finish_reason="length")  # what a prompt of which only the echo is wanted generates
@@ -132,14 +136,19 @@ async def _whole(call: _Call) -> Completion:
 async def _events(call: _Call) -> AsyncGenerator[bytes, None]:
     prompts = [Candidates(job, call.style) for job in call.jobs]
     options = call.request.stream_options
+    events = b""  # of tokens that came together: they leave in one piece, since a write costs several times a chunk
     async with aclosing(_gains(call, prompts)) as gains:
         async for choice in gains:
-            if choice.due:
+            if choice is None:
+                if events:
+                    yield events
+                    events = b""
+            elif choice.due:
                 chunk = call.answer([completion_choice(choice, call.serving.tokenizer)])
                 if options and options.continuous_usage_stats:
                     chunk.usage = choice.usage()
                 choice.clear()
-                yield event(chunk)
+                events += event(chunk)
     last = DONE
     if options and options.include_usage:
         chunk = call.answer([])

@@ -50,8 +50,9 @@ def test_all_flags_of_the_issue_reach_their_place():
         *("--revision", "main", "--generation-config", "vllm", "--shutdown-timeout", "1.5"),
         *("--uvicorn-log-level", "warning", "--disable-log-requests", "--root-path", "/api", "--no-async-scheduling"),
         *("--allowed-hosts", "a.example", "--compilation-cache-dir", "none", "--disable-log-stats"),
-        *("--no-enable-prefix-caching", "--swap-space", "0.5"),
         *("--max-decode-steps", "4", "--stream-interval-ms", "7.5", "--exact"),
+        *("--no-enable-prefix-caching", "--swap-space", "0.5", "--batching-window-ms", "20"),
+        "--disable-frontend-multiprocessing",
     )
     assert found.engine == EngineConfig(
         max_model_len=4000,
@@ -72,7 +73,10 @@ def test_all_flags_of_the_issue_reach_their_place():
         max_decode_steps=4,
         stream_interval_ms=7.5,
         exact=True,
+        batching_window_ms=20.0,
     )
+    assert found.disable_frontend_multiprocessing
+    assert not options().disable_frontend_multiprocessing
     assert (found.model, found.api_key, found.served_model_name) == ("some/folder", ("one", "two"), ("a", "b"))
     assert (found.dtype, found.generation_config, found.shutdown_timeout) == ("float16", "vllm", 1.5)
     settings = server_settings(found)
@@ -166,6 +170,8 @@ def test_a_bad_file_is_a_usage_error(capsys, tmp_path, content, said):
         (("--swap-space", "-1"), "expected a number of GiB from 0"),
         (("--swap-space", "4GiB"), "such as 4 or 0.5, got '4GiB'"),
         (("--swap-space", "nan"), "GiB"),
+        (("--batching-window-ms", "20ms"), "expected 0 to 10000 milliseconds, got '20ms'"),
+        (("--batching-window-ms", "nan"), "10000"),
         (("--cpu-offload-gb", "4"), "not supported: --cpu-offload-gb"),
         (("demo", "--quantization", "fp8"), "not supported: --quantization: quantised"),
         (("--speculative-config={}",), "not supported: --speculative-config: speculative"),

@@ -265,6 +265,17 @@ def test_the_http_process_never_imports_jax_and_the_engine_s_no_http() -> None:
         assert json.loads(done.stdout) == loaded
 
 
+def test_the_engine_s_process_has_no_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAXSERVE_API_KEY", "sk-canary")
+    process = EngineProcess()
+    try:
+        started = psutil.Process(process.process.pid)
+        assert "sk-canary" not in str(started.environ()) + str(started.cmdline())
+    finally:
+        process.socket.close()
+        process.process.wait(20)
+
+
 def test_the_socket_is_nobody_else_s(tmp_path: Path) -> None:
     process = EngineProcess()
     try:
