@@ -297,6 +297,7 @@ def test_a_thousand_requests_with_random_aborts_leak_and_compile_nothing(server:
     """Blocks, tasks and descriptors are back; no program was compiled after ready."""
     rng = np.random.default_rng(1)
     process = psutil.Process(server.process.pid)
+    (engine,) = process.children()
 
     async def one(http: httpx.AsyncClient, body: dict[str, Any], leave_after: int) -> int:
         async with http.stream("POST", "/v1/completions", json=body | {"stream": leave_after >= 0}) as answer:
@@ -318,6 +319,7 @@ def test_a_thousand_requests_with_random_aborts_leak_and_compile_nothing(server:
     assert set(batch(100)) == {200}  # whatever is made once, is made now
     server.wait_until_idle()
     descriptors, threads = process.num_fds(), process.num_threads()
+    engine_descriptors, engine_threads = engine.num_fds(), engine.num_threads()
     assert set(batch(1000)) == {200}
     server.wait_until_idle()
     assert server.metric("vllm:kv_cache_usage_perc") == 0
@@ -327,7 +329,17 @@ def test_a_thousand_requests_with_random_aborts_leak_and_compile_nothing(server:
         time.sleep(0.1)
     assert process.num_fds() <= descriptors + 2
     assert process.num_threads() <= threads + 2
+    assert (engine.num_fds(), engine.num_threads()) == (engine_descriptors, engine_threads)
     assert "Traceback" not in server.log.read_text()
+
+
+def test_the_engine_is_a_process_of_its_own_that_no_client_reaches(server: Server) -> None:
+    (engine,) = psutil.Process(server.process.pid).children(recursive=True)
+    assert "jaxserve_server.engine_worker" in engine.cmdline()
+    assert not [c for c in engine.net_connections("all") if c.status == psutil.CONN_LISTEN]
+    assert not [m for m in psutil.Process(server.process.pid).memory_maps() if "jaxlib" in m.path], (
+        "jax in HTTP's process"
+    )
 
 
 def test_sigterm_lets_open_streams_end_and_starts_fast_again(server: Server, home: Path) -> None:
@@ -335,6 +347,7 @@ def test_sigterm_lets_open_streams_end_and_starts_fast_again(server: Server, hom
     second = start(home)
     try:
         assert list((home / ".cache/jaxserve/xla").iterdir()), "nothing was cached"
+        (engine,) = psutil.Process(second.process.pid).children()
 
         async def stream(http: httpx.AsyncClient) -> list[str]:
             body = {
@@ -366,6 +379,7 @@ def test_sigterm_lets_open_streams_end_and_starts_fast_again(server: Server, hom
             assert lines[-1] == "data: [DONE]"
             assert len(lines) > 500
         assert second.process.wait(timeout=60) == 0, second.log.read_text()
+        assert not engine.is_running(), "the engine outlives its server"
     finally:
         second.process.kill()
         second.process.wait()

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from jaxserve.config import EngineConfig
 from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve_server.loading import model_names, sampling_defaults
+from jaxserve_server import engine_start, loading
+from jaxserve_server.flags import parse_options
+from jaxserve_server.loading import launch_engine, model_names, sampling_defaults
 from jaxserve_server.startup_log import log_reuse
+from jaxserve_server.wire import ModelRead
 
 
 def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path) -> None:
@@ -21,6 +27,48 @@ def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path)
     assert sampling_defaults(str(tmp_path), own) == {"top_p": 0.7}
     with pytest.raises(CheckpointError, match=r"has no generation_config\.json"):
         sampling_defaults(str(tmp_path / "nothing"), own)
+
+
+class QuickEngine:
+    """Is ready at once."""
+
+    limits = SimpleNamespace(num_kv_tokens=64, max_model_len=64, max_concurrency=1.0, num_swap_blocks=0, num_blocks=5)
+    kv_bytes, init_s = 1024, 0.5
+
+    def __init__(self, model: Any, params: Any, config: EngineConfig) -> None:
+        self.given = model, params, config
+
+    def start(self, on_progress: Any) -> None:
+        on_progress(1, 1, "step[4]", 0.1)
+
+
+def test_one_process_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_start, "AsyncEngine", QuickEngine)
+    options = parse_options(["--disable-frontend-multiprocessing", "--max-num-seqs", "3"], {})
+    launch = launch_engine(options, None)  # type: ignore[arg-type] - no loop is needed
+    assert isinstance(launch, engine_start.LocalLaunch)
+    model = launch.read_model()
+    engine, limits, fingerprint = launch.finish()
+    assert isinstance(engine, QuickEngine)
+    assert (engine.given[0], engine.given[2].max_num_seqs, limits) == (model.config, 3, QuickEngine.limits)
+    assert fingerprint.startswith("jaxserve-")
+    launch.abandon()
+
+
+def test_a_failure_after_the_weights_ends_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ended = []
+
+    class Launch:
+        def read_model(self) -> ModelRead:
+            return ModelRead(str(tmp_path), None, {})  # type: ignore[arg-type]
+
+        def abandon(self) -> None:
+            ended.append(self)
+
+    monkeypatch.setattr(loading, "launch_engine", lambda *_: Launch())
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        loading.load(parse_options([], {}), None)  # type: ignore[arg-type]
+    assert len(ended) == 1
 
 
 def test_defaults_out_of_bounds_stop_the_start_and_not_every_request() -> None:
