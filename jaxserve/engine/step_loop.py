@@ -102,7 +102,10 @@ class StepLoop:
     def run(self) -> EngineDeadError:
         """Serves until `stop`, or until the core fails; returns why it ended."""
         try:
-            while self._read_mail():
+            while True:
+                self._core.wait_for_loop()
+                if not self._read_mail():
+                    break
                 self._release()
                 if self._core.has_work:
                     self._expire()

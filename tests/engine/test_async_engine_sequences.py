@@ -55,6 +55,9 @@ class ScriptedCore:
     def add(self, request_id: str, admitted: Any, owner: Any, arrival_s: float) -> None:
         self.owner = owner
 
+    def wait_for_loop(self) -> None:
+        """It has none."""
+
     def step(self) -> list[tuple[Any, Delta]]:
         item = self.script.pop(0)
         if isinstance(item, threading.Event):
