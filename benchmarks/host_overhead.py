@@ -46,7 +46,7 @@ from jaxserve_server.prompts import Prompt
 from jaxserve_server.responses import Completion
 from jaxserve_server.sse import event
 
-PROMPT = 16  # tokens
+PROMPT = 16  # tokens, at most
 DEVICE, WAIT, REST = "device", "wait", "rest"
 HOST = ("plan", "commit", "pack", "dispatch", "fetch", "digest", "deltas", REST)
 OBJECTIVE = "< 300"
@@ -137,14 +137,20 @@ def replaced_steps(core: EngineCore, make: Callable[[Any, Callable[..., Any]], C
         runner.compiled = compiled
 
 
+def slack(num_rows: int) -> int:
+    """Tokens more than are timed: the first rows decode while prompts come in with what they leave of a step."""
+    return 16 + num_rows
+
+
 def decode(core: EngineCore, laps: Laps, num_rows: int, num_steps: int, num_windows: int) -> list[Counter[str]]:
     """Microseconds a token step by phase, of each window of steps in which all rows decode."""
-    num_tokens = num_steps * num_windows + 8
+    num_tokens = num_steps * num_windows + slack(num_rows)
     params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
     rng = np.random.default_rng(num_rows)
     ids = [f"host-{row}" for row in range(num_rows)]
     for request_id in ids:
-        prompt = rng.integers(4, min(200, core.model.vocab_size), PROMPT).tolist()
+        length = rng.integers(2, PROMPT + 1)  # so that rows open their blocks in different steps
+        prompt = rng.integers(4, min(200, core.model.vocab_size), length).tolist()
         core.add(request_id, core.check(prompt, params), request_id)
     started: set[str] = set()
     while len(started) < num_rows:
@@ -156,6 +162,7 @@ def decode(core: EngineCore, laps: Laps, num_rows: int, num_steps: int, num_wind
             laps.device_ns = 0
             gained, start = 0, time.thread_time_ns()
             while gained < num_steps * num_rows:
+                assert core.scheduler.num_running == num_rows, "a row ended before its time"
                 gained += sum(len(delta.token_ids) for _, delta in core.step())
             laps.spent_ns[REST] = time.thread_time_ns() - start - laps.spent_ns.total()
             laps.spent_ns[DEVICE] = laps.device_ns
@@ -234,7 +241,7 @@ def main() -> None:
     args = parse_args()
     report = Report("host_overhead")
     for num_rows in args.rows:
-        context = -(-(PROMPT + args.steps * args.windows + 32) // 64) * 64
+        context = -(-(PROMPT + args.steps * args.windows + slack(num_rows) + 1) // 64) * 64
         core = make_core(args.model, "auto", max_num_seqs=num_rows, max_model_len=context)
         measure_core(core, num_rows, args.steps, args.windows, report)
         del core
