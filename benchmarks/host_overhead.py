@@ -3,7 +3,7 @@
     python -m benchmarks.host_overhead [--model demo] [--rows 64,256] [--quick] [--json FILE]
 
 `EngineCore` decodes `rows` greedy requests, and every function that is a phase of its step is timed, less the phases
-inside it; *rest* is what no phase covers. Twice:
+inside it; *rest* is what no phase covers. In steps of one token each, and in loops of 16; and twice:
 
 * *host alone*: the compiled steps are replaced by ones that answer at once with tokens of zero, so that the device
   takes none of the cores and leaves the host's caches warm.
@@ -49,6 +49,7 @@ from jaxserve_server.sse import event
 PROMPT = 16  # tokens, at most
 DEVICE, WAIT, REST = "device", "wait", "rest"
 HOST = ("plan", "commit", "pack", "dispatch", "fetch", "digest", "deltas", REST)
+KINDS = {"single steps": 0.0, "loops": float("inf")}  # stream_interval_ms
 OBJECTIVE = "< 300"
 
 
@@ -83,6 +84,7 @@ class Laps:
                 (core.scheduler, "plan", "plan"),
                 (core.scheduler, "commit", "commit"),
                 (core.scheduler, "digest", "digest"),
+                (core.scheduler, "digest_loop", "digest"),
                 (runner_module, "pack_step", "pack"),
                 (core.runner, "run", "dispatch"),
                 (core.runner, "fetch", "fetch"),
@@ -185,14 +187,20 @@ def add_rows(report: Report, name: str, windows: list[Counter[str]]) -> None:
 
 
 def measure_core(core: EngineCore, num_rows: int, num_steps: int, num_windows: int, report: Report) -> None:
-    """Both tables of one number of rows."""
+    """The tables of one number of rows."""
     alone = Laps()
-    with replaced_steps(core, lambda shape, executable: instant(executable, core, shape)):
-        add_rows(report, f"host alone, {num_rows} rows", decode(core, alone, num_rows, num_steps, num_windows))
-    core.reset_prefix_cache()  # nothing was computed of what it remembers
+    for kind, interval_ms in KINDS.items():
+        core.config = dataclasses.replace(core.config, stream_interval_ms=interval_ms)
+        with replaced_steps(core, lambda shape, executable: instant(executable, core, shape)):
+            name = f"host alone, {num_rows} rows, {kind}"
+            add_rows(report, name, decode(core, alone, num_rows, num_steps, num_windows))
+        core.reset_prefix_cache()  # nothing was computed of what it remembers
     laps = Laps()
-    with replaced_steps(core, lambda _, executable: waited_for(executable, laps)):
-        add_rows(report, f"with the device, {num_rows} rows", decode(core, laps, num_rows, num_steps, num_windows))
+    for kind, interval_ms in KINDS.items():
+        core.config = dataclasses.replace(core.config, stream_interval_ms=interval_ms)
+        with replaced_steps(core, lambda _, executable: waited_for(executable, laps)):
+            name = f"with the device, {num_rows} rows, {kind}"
+            add_rows(report, name, decode(core, laps, num_rows, num_steps, num_windows))
 
 
 def measure_server(tokenizer: Tokenizer, num_tokens: int, report: Report) -> None:

@@ -7,6 +7,7 @@ that brings jax with it.
 from __future__ import annotations
 
 import hashlib
+from importlib.metadata import version
 
 import jax
 
@@ -54,9 +55,17 @@ def log_engine(start: Start, limits: EngineLimits, kv_bytes: int, init_s: float)
 
 
 def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:
-    """Names what the tokens depend on: the code's version, the weights, their dtype and the sizes."""
-    facts = f"{model.version} {model.config.dtype} {limits} {jax.default_backend()} {jax.__version__}"
-    return f"jaxserve-{__version__}-{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
+    """Names what the tokens depend on: our version, the weights, and how sums are rounded.
+
+    In exact mode that is the dtypes, the tiles, the backend and its version; else the sizes of steps are among it.
+    """
+    device = jax.devices()[0]
+    numerics = f"{model.config.dtype} {limits.kv_dtype} {limits.max_model_len} {limits.kv_tile} {limits.q_tile}"
+    if not limits.exact:
+        numerics += f" {limits}"
+    facts = f"{model.version} {numerics} {device.platform} {device.device_kind} {version('jaxlib')}"
+    mode = "exact-" if limits.exact else ""
+    return f"jaxserve-{__version__}-{mode}{hashlib.sha256(facts.encode()).hexdigest()[:8]}"
 
 
 class LocalLaunch:
