@@ -20,17 +20,17 @@ def hf_tensors(params: Params, config: ModelConfig) -> dict[str, np.ndarray]:
     groups, hidden = config.num_groups, config.hidden_size
     tensors = {"model.embed_tokens.weight": params["embed"], "model.norm.weight": params["final_norm"]}
     for index, layer in enumerate(params["layers"]):
-        qkv = np.asarray(layer["qkv"])  # [D, K, G + 2, H]
+        qkv = np.asarray(layer["qkv"])  # [K, G + 2, H, D]
         parts = {
-            "self_attn.q_proj": qkv[:, :, :groups],
-            "self_attn.k_proj": qkv[:, :, groups],
-            "self_attn.v_proj": qkv[:, :, groups + 1],
-            "mlp.gate_proj": layer["gate_up"][:, 0],
-            "mlp.up_proj": layer["gate_up"][:, 1],
+            "self_attn.q_proj": qkv[:, :groups],
+            "self_attn.k_proj": qkv[:, groups],
+            "self_attn.v_proj": qkv[:, groups + 1],
+            "mlp.gate_proj": layer["gate_up"][0],
+            "mlp.up_proj": layer["gate_up"][1],
         }
-        named = {name: np.asarray(part).reshape(hidden, -1).T for name, part in parts.items()}
-        named["self_attn.o_proj"] = np.asarray(layer["o"]).reshape(-1, hidden).T
-        named["mlp.down_proj"] = np.asarray(layer["down"]).T
+        named = {name: np.asarray(part).reshape(-1, hidden) for name, part in parts.items()}
+        named["self_attn.o_proj"] = np.asarray(layer["o"]).reshape(hidden, -1)
+        named["mlp.down_proj"] = np.asarray(layer["down"])
         named["input_layernorm"] = layer["attn_norm"]
         named["post_attention_layernorm"] = layer["mlp_norm"]
         tensors |= {f"model.layers.{index}.{name}.weight": array for name, array in named.items()}
@@ -51,15 +51,15 @@ def _read_layer(found: dict[str, np.ndarray], prefix: str, config: ModelConfig) 
     kv_heads, head_dim, hidden = config.num_kv_heads, config.head_dim, config.hidden_size
 
     def matrix(name: str) -> np.ndarray:
-        return found[f"{prefix}.{name}.weight"].T
+        return found[f"{prefix}.{name}.weight"]
 
-    heads = [matrix(f"self_attn.{name}_proj").reshape(hidden, kv_heads, -1, head_dim) for name in "qkv"]
+    heads = [matrix(f"self_attn.{name}_proj").reshape(kv_heads, -1, head_dim, hidden) for name in "qkv"]
     return {
         "attn_norm": found[f"{prefix}.input_layernorm.weight"],
-        "qkv": np.concatenate(heads, axis=2),
-        "o": matrix("self_attn.o_proj").reshape(kv_heads, config.num_groups, head_dim, hidden),
+        "qkv": np.concatenate(heads, axis=1),
+        "o": matrix("self_attn.o_proj").reshape(hidden, kv_heads, config.num_groups, head_dim),
         "mlp_norm": found[f"{prefix}.post_attention_layernorm.weight"],
-        "gate_up": np.stack([matrix("mlp.gate_proj"), matrix("mlp.up_proj")], axis=1),
+        "gate_up": np.stack([matrix("mlp.gate_proj"), matrix("mlp.up_proj")]),
         "down": matrix("mlp.down_proj"),
     }
 

@@ -14,7 +14,7 @@ VECTOR_RATE = 3e-3
 WEIGHT_DECAY = 0.1
 WARMUP_STEPS = 40
 PLATEAU_END = 0.6  # share of the time at which the learning rate begins to fall
-_NUM_IN_AXES = {"qkv": 1, "o": 3, "gate_up": 1, "down": 1}  # layout [in, out] of float32 weights
+_NUM_IN_AXES = {"qkv": 1, "o": 3, "gate_up": 1, "down": 1}  # the last ones: matrices are [out, in]
 
 
 def _matrix_axes(params: Any) -> Any:
@@ -24,7 +24,8 @@ def _matrix_axes(params: Any) -> Any:
         ins = _NUM_IN_AXES.get(getattr(path[-1], "key", ""))
         if ins is None:
             return None
-        return MuonDimensionNumbers(tuple(range(ins)), tuple(range(ins, leaf.ndim)))
+        outs = leaf.ndim - ins
+        return MuonDimensionNumbers(tuple(range(outs, leaf.ndim)), tuple(range(outs)))
 
     return jax.tree_util.tree_map_with_path(axes, params)
 

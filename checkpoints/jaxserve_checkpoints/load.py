@@ -22,7 +22,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import WeightsError
-from jaxserve.models.params import decoder_specs, weight_layout
+from jaxserve.models.params import decoder_specs
 from jaxserve.parallel.rules import shardings
 from jaxserve.parallel.specs import map_specs, tree_bytes
 from jaxserve_checkpoints import hf_config, manifest, orbax
@@ -115,7 +115,7 @@ def _read_huggingface(source: Source, dtype: str, mesh: Mesh | None) -> tuple[Mo
     names = {code: str(kind) for code, kind in FLOATS.items()}
     config = hf_config.read_config(source.folder, dtype=dtype, stored_dtype=names.get(stored or ""))
     specs = decoder_specs(config)
-    targets = tuple(leaves(specs, weight_layout(config)))
+    targets = tuple(leaves(specs))
     check_tensors(tensors, targets, config)
     placements = _placements(specs, mesh)
     with MappedFiles(tensors) as files:
@@ -235,7 +235,7 @@ def _views(
         else:  # the axis that a leaf's parts lie along: never cut over devices
             assert at == slice(0, buffer.shape[axis], 1)
             kept += [slice(None)] if isinstance(own, slice) else []
-    return buffer[place.index], tensor.reshape(place.view_shape).transpose(place.view_axes)[tuple(kept)]
+    return buffer[place.index], tensor.reshape(place.view_shape)[tuple(kept)]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

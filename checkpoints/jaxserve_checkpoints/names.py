@@ -1,7 +1,7 @@
 """The one table of Hugging Face tensor names and their places in our parameter tree.
 
 Owns names, shapes and views; reads no file and touches no array. Hugging Face stores a matrix `[out, in]`;
-a fused leaf of ours holds several of them, either way round (`jaxserve.models.params`).
+a fused leaf of ours holds several of them (`jaxserve.models.params`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxserve.models.params import Layout
 from jaxserve.parallel.specs import ArraySpec
 
 Part = Literal["all", "q", "k", "v", "gate", "up"]
@@ -44,8 +43,6 @@ LAYER: Mapping[str, tuple[str, Part, int]] = {
     "mlp.down_proj.weight": ("down", "all", 1),
     "mlp.down_proj.bias": ("down_bias", "all", 1),
 }
-# Leaves that are matrices: the only ones whose axes turn with the layout.
-MATRICES = frozenset({"qkv", "o", "gate_up", "down", "lm_head"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +53,13 @@ class Place:
         name: the tensor's full name.
         shape: the shape that it must have in the file.
         index: of the leaf, as it is stored: the part that the tensor fills.
-        view_shape, view_axes: `tensor.reshape(view_shape).transpose(view_axes)` has the shape and order of
-            `leaf[index]`, and copies nothing.
+        view_shape: `tensor.reshape(view_shape)` has the shape and order of `leaf[index]`, and copies nothing.
     """
 
     name: str
     shape: tuple[int, ...]
     index: tuple[int | slice, ...]
     view_shape: tuple[int, ...]
-    view_axes: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +71,11 @@ class Leaf:
     places: tuple[Place, ...]
 
 
-def leaves(specs: Mapping[str, Any], layout: Layout) -> Iterator[Leaf]:
+def leaves(specs: Mapping[str, Any]) -> Iterator[Leaf]:
     """Every leaf of a decoder's spec tree with its places, in the order of the model's layers."""
-    yield from _group(specs, TOP, (), "", layout)
+    yield from _group(specs, TOP, (), "")
     for number, layer in enumerate(specs["layers"]):
-        yield from _group(layer, LAYER, ("layers", number), f"model.layers.{number}.", layout)
+        yield from _group(layer, LAYER, ("layers", number), f"model.layers.{number}.")
 
 
 def is_ignorable(name: str, *, tied: bool) -> bool:
@@ -93,31 +88,22 @@ def is_ignorable(name: str, *, tied: bool) -> bool:
 
 
 def _group(
-    specs: Mapping[str, Any], table: Mapping[str, tuple[str, Part, int]], path: TreePath, prefix: str, layout: Layout
+    specs: Mapping[str, Any], table: Mapping[str, tuple[str, Part, int]], path: TreePath, prefix: str
 ) -> Iterator[Leaf]:
     places: dict[str, list[Place]] = {}
     for name, (leaf, part, num_outs) in table.items():
         if leaf in specs:
-            turned = leaf in MATRICES and layout == "in_out"
-            places.setdefault(leaf, []).append(_place(prefix + name, specs[leaf].shape, part, num_outs, turned))
+            places.setdefault(leaf, []).append(_place(prefix + name, specs[leaf].shape, part, num_outs))
     assert places.keys() == specs.keys() - {"layers"}, f"no Hugging Face name for {specs.keys() - places.keys()}"
     for leaf, found in places.items():
         yield Leaf((*path, leaf), specs[leaf], tuple(found))
 
 
-def _place(name: str, leaf_shape: tuple[int, ...], part: Part, num_outs: int, turned: bool) -> Place:
-    rank = len(leaf_shape)
-    num_ins = rank - num_outs
-    shape = leaf_shape[num_ins:] + leaf_shape[:num_ins] if turned else leaf_shape  # [out..., in...]
+def _place(name: str, shape: tuple[int, ...], part: Part, num_outs: int) -> Place:
     index = _part_index(part, num_groups=shape[1] - 2 if part in ("q", "k", "v") else 0)
     outs = _indexed_shape(shape[:num_outs], index)
-    view_shape = outs + shape[num_outs:]
-    axes = tuple(range(len(view_shape)))
-    if turned:
-        axes = axes[len(outs) :] + axes[: len(outs)]
-        index = (slice(None),) * num_ins + index
-    file_shape = (math.prod(outs), math.prod(shape[num_outs:])) if num_outs < rank else (math.prod(outs),)
-    return Place(name, file_shape, index, view_shape, axes)
+    file_shape = (math.prod(outs), math.prod(shape[num_outs:])) if num_outs < len(shape) else (math.prod(outs),)
+    return Place(name, file_shape, index, outs + shape[num_outs:])
 
 
 def _part_index(part: Part, num_groups: int) -> tuple[int | slice, ...]:

@@ -1,4 +1,4 @@
-"""Matrix products over the two weight layouts of `models.params`."""
+"""Matrix products over weights `[out, in]`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def linear(
 
     Args:
         x: [T, *ins]; cast to the weight's dtype before the product.
-        weight: [*ins, *outs] in float32, [*outs, *ins] in 16-bit types (`models.params.weight_layout`).
+        weight: [*outs, *ins].
         bias: [*outs].
         num_in_axes: how many axes `ins` has.
 
@@ -28,12 +28,12 @@ def linear(
         float32 [T, *outs]. The accumulator is float32 in every dtype: with a 16-bit result XLA:CPU
         converts the whole weight in memory each call (37 instead of 238 GFLOP/s at 32 rows).
     """
-    in_out = weight.dtype == jnp.float32
-    outs = weight.shape[num_in_axes:] if in_out else weight.shape[: weight.ndim - num_in_axes]
+    outs = weight.shape[: weight.ndim - num_in_axes]
     num_in = math.prod(x.shape[1:])
-    flat = weight.reshape((num_in, -1) if in_out else (-1, num_in))
-    contract = (((1,), (0,)), ((), ())) if in_out else (((1,), (1,)), ((), ()))
     y = jax.lax.dot_general(
-        x.reshape(x.shape[0], num_in).astype(weight.dtype), flat, contract, preferred_element_type=jnp.float32
+        x.reshape(x.shape[0], num_in).astype(weight.dtype),
+        weight.reshape(-1, num_in),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
     ).reshape(x.shape[0], *outs)
     return y if bias is None else y + bias.astype(jnp.float32)

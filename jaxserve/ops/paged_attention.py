@@ -16,12 +16,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxserve.layers.stable_sum import stable_sum
 from jaxserve.state import StepBatch, StepShape
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # highest score so far, sum of exp, weighted values
-_DECODE_GROUP = 8  # rows; as fast a row as 64 at once, and short contexts do not wait for long ones
+_DECODE_GROUP = 16  # rows; nearly as fast a row as 64 at once, and short contexts do not wait for long ones
+_FEW_QUERIES = 16
+_COLUMNS = 64  # XLA:CPU's float32 product chooses its kernel, and order, by rows where columns are no multiple
 _FLOOR = -1e30  # the running maximum before any key: finite, so that exp(-inf - floor) is 0 and not NaN
 
 
@@ -69,14 +72,36 @@ def paged_attention(
 
 
 def _gather_tile(
-    cache: Array, blocks: Int[Array, "... blocks"], dtype: str
-) -> tuple[Float[Array, "... keys kv_heads head_dim"], Float[Array, "... keys kv_heads head_dim"]]:
-    """Keys and values, float32, of the blocks of one tile."""
-    kv = cache[blocks]
+    cache: Array, blocks: Int[Array, "batch blocks"], dtype: str, written: Bool[Array, "batch keys"]
+) -> Float[Array, "batch kv_heads keys two_head_dim"]:
+    """Keys and values side by side of the blocks of one tile, by head; zeros where nothing is written.
+
+    Zeros because 0 x NaN of a stale block would be NaN. Each head's part of a block is one slice of the
+    gather, so that the products need no transposed copy: 22 instead of 31 ms of processor time for six
+    layers of 64 rows at context 200 in bfloat16, 30 instead of 37 in float32.
+    """
+    block_size, num_kv, width = cache.shape[1:]
+    heads = jnp.arange(num_kv, dtype=blocks.dtype)[:, None]
+    index = jnp.stack(jnp.broadcast_arrays(blocks[:, None, :], heads), axis=-1)  # [B, K, blocks, 2]
+    kv = jax.lax.gather(
+        cache,
+        index,
+        jax.lax.GatherDimensionNumbers(offset_dims=(3, 4), collapsed_slice_dims=(0, 2), start_index_map=(0, 2)),
+        slice_sizes=(1, block_size, 1, width),
+        mode="promise_in_bounds",
+    )
     if kv.dtype != jnp.dtype(dtype):
         kv = jax.lax.bitcast_convert_type(kv, jnp.dtype(dtype))
-    kv = kv.astype(jnp.float32).reshape(*blocks.shape[:-1], -1, *cache.shape[2:])
-    return tuple(jnp.split(kv, 2, axis=-1))  # type: ignore[return-value]
+    kv = kv.astype(_product_dtype(dtype)).reshape(*blocks.shape[:1], num_kv, -1, width)
+    return jnp.where(written[:, None, :, None], kv, jnp.zeros((), kv.dtype))
+
+
+def _product_dtype(dtype: str) -> jnp.dtype:
+    """What queries, keys, values and softmax weights are multiplied in; sums are float32.
+
+    bfloat16 as it is: its products are twice as fast. float16 could overflow.
+    """
+    return jnp.dtype(dtype if dtype == "bfloat16" else "float32")
 
 
 def _attend_decode(
@@ -88,7 +113,7 @@ def _attend_decode(
     dtype: str,
     window: int | None,
 ) -> jax.Array:
-    """One query a row, in groups of 8 rows of similar length, each group up to its own longest context."""
+    """One query a row, in groups of 16 rows of similar length, each group up to its own longest context."""
     num_rows = q.shape[0]
     group = min(_DECODE_GROUP, num_rows)
     pad = -num_rows % group
@@ -101,45 +126,14 @@ def _attend_decode(
 
     def attend_group(index: jax.Array, out: jax.Array) -> jax.Array:
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, index * group, group)  # noqa: E731
-        acc = _attend_group(part(q), cache, part(tables), part(lengths), shape, dtype, window)
+        keys = part(lengths)
+        acc = _attend_tiles(part(q), keys[:, None] - 1, keys, cache, part(tables), shape, dtype, window)
         return jax.lax.dynamic_update_slice_in_dim(out, acc, index * group, axis=0)
 
     num_groups = (num_rows + pad) // group
     first = (num_rows + pad - batch.num_decode) // group
     out = jax.lax.fori_loop(first, num_groups, attend_group, jnp.zeros(q.shape, jnp.float32))
     return out[jnp.argsort(order)][:num_rows]
-
-
-def _attend_group(
-    q: jax.Array,
-    cache: jax.Array,
-    tables: jax.Array,
-    lengths: jax.Array,
-    shape: StepShape,
-    dtype: str,
-    window: int | None,
-) -> jax.Array:
-    """Softmax attention [B, K, G, H] of the last position of each row. Length 0: not a decode row."""
-    num_rows, num_kv, num_groups, head_dim = q.shape
-    blocks_per_tile = shape.kv_tile // shape.block_size
-    positions = lengths - 1
-
-    def body(tile: jax.Array, carry: Carry) -> Carry:
-        blocks = jax.lax.dynamic_slice(tables, (0, tile * blocks_per_tile), (num_rows, blocks_per_tile))
-        k, v = _gather_tile(cache, blocks, dtype)
-        key_positions = tile * shape.kv_tile + jnp.arange(shape.kv_tile)
-        seen = _visible(key_positions[None, :], positions[:, None], window)
-        scores = jnp.einsum("bkgh,bskh->bkgs", q, k)
-        scores = jnp.where(seen[:, None, None, :], scores, -jnp.inf)
-        v = jnp.where(seen[:, :, None, None], v, 0.0)  # 0 x NaN of a stale block would be NaN
-        return _fold_tile(carry, scores, lambda p: jnp.einsum("bkgs,bskh->bkgh", p, v))
-
-    first = jnp.int32(0)
-    if window is not None:
-        shortest = jnp.min(jnp.where(lengths > 0, lengths, jnp.iinfo(jnp.int32).max))
-        first = jnp.maximum(shortest - window, 0) // shape.kv_tile
-    last = -(-jnp.max(lengths) // shape.kv_tile)
-    return _finish(jax.lax.fori_loop(first, last, body, _begin((num_rows, num_kv, num_groups), head_dim)))
 
 
 def _attend_prefill(
@@ -157,43 +151,76 @@ def _attend_prefill(
     A partial tile also computes and writes rows past its end; the tile after it, or nobody, owns those.
     """
     num_kv, num_groups, head_dim = q.shape[1:]
-    q_tile, kv_tile = shape.q_tile, shape.kv_tile
-    blocks_per_tile = kv_tile // shape.block_size
-    heads = (num_kv, num_groups, q_tile)
+    q_tile = shape.q_tile
     q = jnp.pad(q, ((0, q_tile), (0, 0), (0, 0), (0, 0)))  # so that slicing the last tile does not clamp
 
     def attend_tile(index: jax.Array, out: jax.Array) -> jax.Array:
         start = batch.tile_start[index]
         table = block_tables[jnp.minimum(batch.rows[start], shape.max_rows - 1)]
         first_position = batch.positions[start]
-        positions = first_position + jnp.arange(q_tile)
+        positions = jnp.tile(first_position + jnp.arange(q_tile), num_groups)
         queries = jax.lax.dynamic_slice(q, (start, 0, 0, 0), (q_tile, num_kv, num_groups, head_dim))
-        queries = queries.transpose(1, 2, 0, 3).reshape(num_kv, num_groups * q_tile, head_dim)
-
-        def body(tile: jax.Array, carry: Carry) -> Carry:
-            blocks = jax.lax.dynamic_slice(table, (tile * blocks_per_tile,), (blocks_per_tile,))
-            k, v = _gather_tile(cache, blocks, dtype)
-            key_positions = tile * kv_tile + jnp.arange(kv_tile)
-            seen = _visible(key_positions[None, :], positions[:, None], window)
-            written = key_positions < first_position + batch.tile_len[index]
-            scores = jnp.einsum("kqh,khs->kqs", queries, k.transpose(1, 2, 0))
-            scores = scores.reshape(num_kv, num_groups, q_tile, kv_tile)
-            scores = jnp.where(seen & written[None, :], scores, -jnp.inf)
-            v = jnp.where(written[:, None, None], v, 0.0).transpose(1, 0, 2)
-            return _fold_tile(
-                carry,
-                scores,
-                lambda p: jnp.einsum("kqs,ksh->kqh", p.reshape(num_kv, -1, kv_tile), v).reshape((*heads, head_dim)),
-            )
-
-        first = jnp.int32(0)
-        if window is not None:
-            first = jnp.maximum(first_position - window + 1, 0) // kv_tile
-        last = -(-(first_position + batch.tile_len[index]) // kv_tile)
-        acc = _finish(jax.lax.fori_loop(first, last, body, _begin(heads, head_dim)))
-        return jax.lax.dynamic_update_slice(out, acc.transpose(2, 0, 1, 3), (start, 0, 0, 0))
+        queries = queries.transpose(1, 2, 0, 3).reshape(1, num_kv, num_groups * q_tile, head_dim)
+        keys = first_position + batch.tile_len[index]
+        acc = _attend_tiles(queries, positions[None], keys[None], cache, table[None], shape, dtype, window)
+        acc = acc.reshape(num_kv, num_groups, q_tile, head_dim).transpose(2, 0, 1, 3)
+        return jax.lax.dynamic_update_slice(out, acc, (start, 0, 0, 0))
 
     return jax.lax.fori_loop(0, batch.num_tiles, attend_tile, out)
+
+
+def _attend_tiles(
+    q: Float[Array, "batch kv_heads queries head_dim"],
+    positions: Int[Array, "batch #queries"],
+    num_keys: Int[Array, " batch"],
+    cache: Array,
+    tables: Int[Array, "batch blocks"],
+    shape: StepShape,
+    dtype: str,
+    window: int | None,
+) -> Float[Array, "batch kv_heads queries head_dim"]:
+    """Softmax attention of `queries` queries an entry over the entry's own keys [0, num_keys).
+
+    A query's bits depend on nothing but itself and the keys up to it, whatever the sizes: the products
+    have at least two rows (XLA:CPU sums one row in another order), contract the last axis of both or
+    give a multiple of 64 columns, and the row sums are `stable_sum`'s.
+    """
+    num_entries, num_kv, num_queries, head_dim = q.shape
+    blocks_per_tile = shape.kv_tile // shape.block_size
+    kind = _product_dtype(dtype)
+    extra = num_queries == 1
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, int(extra)), (0, 0))).astype(kind)
+    whole = num_queries <= _FEW_QUERIES and 2 * head_dim % _COLUMNS == 0 and 2 * head_dim * shape.kv_tile <= 16_384
+    if whole:  # twice the products cost less than a copy of keys without values and of values without keys
+        q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
+    width = 2 * head_dim if whole else head_dim + -head_dim % _COLUMNS
+    by_entry_and_head = ((0, 1), (0, 1))
+
+    def body(tile: jax.Array, carry: Carry) -> Carry:
+        blocks = jax.lax.dynamic_slice(tables, (0, tile * blocks_per_tile), (num_entries, blocks_per_tile))
+        key_positions = tile * shape.kv_tile + jnp.arange(shape.kv_tile)
+        written = key_positions < num_keys[:, None]
+        kv = _gather_tile(cache, blocks, dtype, written)
+        keys = kv if whole else kv[..., :head_dim]
+        values = kv if whole else jnp.pad(kv[..., head_dim:], ((0, 0), (0, 0), (0, 0), (0, width - head_dim)))
+        seen = _visible(key_positions, positions[..., None], window) & written[:, None, :]
+        scores = jax.lax.dot_general(q, keys, (((3,), (3,)), by_entry_and_head), preferred_element_type=jnp.float32)
+        scores = jnp.where(seen[:, None], scores, -jnp.inf)
+
+        def weigh(p: jax.Array) -> jax.Array:
+            dims = (((3,), (2,)), by_entry_and_head)
+            return jax.lax.dot_general(p.astype(kind), values, dims, preferred_element_type=jnp.float32)
+
+        return _fold_tile(carry, scores, weigh)
+
+    first = jnp.int32(0)
+    if window is not None:
+        earliest = jnp.min(jnp.where(num_keys > 0, positions[:, 0], jnp.iinfo(jnp.int32).max))
+        first = jnp.maximum(earliest - window + 1, 0) // shape.kv_tile
+    last = -(-jnp.max(num_keys) // shape.kv_tile)
+    heads = (num_entries, num_kv, num_queries + int(extra))
+    acc = _finish(jax.lax.fori_loop(first, last, body, _begin(heads, width)))
+    return acc[:, :, :num_queries, head_dim:] if whole else acc[:, :, :num_queries, :head_dim]
 
 
 def _begin(heads: tuple[int, ...], head_dim: int) -> Carry:
@@ -211,7 +238,7 @@ def _fold_tile(carry: Carry, scores: jax.Array, weigh: Callable[[jax.Array], jax
     new_high = jnp.maximum(high, scores.max(-1))
     p = jnp.exp(scores - new_high[..., None])
     shrink = jnp.exp(high - new_high)
-    return new_high, total * shrink + p.sum(-1), acc * shrink[..., None] + weigh(p)
+    return new_high, total * shrink + stable_sum(p), acc * shrink[..., None] + weigh(p)
 
 
 def _finish(carry: Carry) -> jax.Array:

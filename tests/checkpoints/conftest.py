@@ -76,13 +76,10 @@ def unfuse() -> Callable[[Any, ModelConfig], dict[str, np.ndarray]]:
 
 def _unfuse(params: Any, config: ModelConfig) -> Iterator[tuple[str, np.ndarray]]:
     groups = config.num_groups
-    in_out = config.dtype == "float32"
     params = jax.tree.map(np.asarray, params)
 
     def out_in(matrix: np.ndarray, num_ins: int) -> np.ndarray:
         """[outs..., ins...], with the inputs flattened."""
-        if in_out:
-            matrix = np.moveaxis(matrix, range(num_ins), range(-num_ins, 0))
         return matrix.reshape(*matrix.shape[: matrix.ndim - num_ins], -1)
 
     yield "model.embed_tokens.weight", params["embed"]

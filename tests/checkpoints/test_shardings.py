@@ -35,7 +35,7 @@ def test_a_decoder_over_two_devices() -> None:
     placed = shardings(decoder_specs(CONFIG), AbstractMesh((2,), ("tp",)))
     assert all(isinstance(leaf, NamedSharding) for leaf in jax.tree.leaves(placed))
     assert placed["embed"].spec == PartitionSpec("tp", None)
-    assert placed["layers"][0]["qkv"].shard_shape((32, 2, 4, 8)) == (32, 1, 4, 8)
+    assert placed["layers"][0]["qkv"].shard_shape((2, 4, 8, 32)) == (1, 4, 8, 32)
     assert placed["layers"][0]["mlp_norm"].is_fully_replicated
 
 

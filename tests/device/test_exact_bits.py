@@ -1,0 +1,199 @@
+"""A token's hidden state, keys, values and logprobs have the same bits however its sequence is scheduled.
+
+Through any bucket of two and more tokens, as a decode row or inside a chunk, cut anywhere, beside any
+neighbours, in any blocks, with everything that must not be read set to NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxserve.config import ModelConfig
+from jaxserve.layers.norm import rms_norm
+from jaxserve.layers.stable_sum import stable_sum
+from jaxserve.models.params import decoder_specs
+from jaxserve.ops.paged_attention import paged_attention
+from jaxserve.parallel.specs import is_spec
+from jaxserve.state import LOGPROBS, StepShape, init_decode_state, init_kv_cache, unpack
+from jaxserve.steps import step
+
+ROWS, BLOCK, BLOCKS_PER_ROW, NUM_BLOCKS = 8, 8, 8, 65
+LENGTHS = {0: 37, 3: 21, 6: 50}  # row -> tokens; two and a half key tiles, less than one, more than one
+Run = tuple[int, int, int]  # row, start, length; a decode is one token, marked by the schedule
+
+
+def _config(dtype: str, heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=300,
+        hidden_size=72,
+        intermediate_size=136,
+        num_layers=2,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        max_position=64,
+        layer_windows=(None, 24),
+        qk_norm=True,
+        dtype=dtype,  # type: ignore[arg-type]
+    )
+
+
+class Engine:
+    """One model's step programs by bucket, and what a schedule leaves behind."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        rng = np.random.default_rng(1)
+        self.config = config
+        self.params = jax.tree.map(
+            lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3 + (len(s.shape) == 1)).astype(s.dtype),
+            decoder_specs(config),
+            is_leaf=is_spec,
+        )
+        self.tokens = {row: rng.integers(0, config.vocab_size, n) for row, n in LENGTHS.items()}
+        self._programs: dict[int, tuple[StepShape, Callable]] = {}
+
+    def program(self, bucket: int) -> tuple[StepShape, Callable]:
+        if bucket not in self._programs:
+            shape = StepShape(bucket, ROWS, BLOCKS_PER_ROW, BLOCK, q_tile=min(16, bucket), kv_tile=16)
+            function = jax.jit(partial(step, config=self.config, shape=shape, max_model_len=64))
+            self._programs[bucket] = (shape, function)
+        return self._programs[bucket]
+
+    def run(self, schedule: list[tuple[int, list[Run], list[Run]]], seed: int) -> dict[int, np.ndarray]:
+        """Feeds (bucket, decodes, chunks) one after the other; the words of each row's keys, values and logprobs."""
+        rng = np.random.default_rng(seed)
+        tables = rng.permutation(np.arange(1, NUM_BLOCKS)).reshape(ROWS, BLOCKS_PER_ROW)
+        kv = init_kv_cache(self.config, NUM_BLOCKS, BLOCK, self.config.dtype, as_bits=True)
+        kv = jax.tree.map(_poisoned, kv)
+        state = init_decode_state(ROWS, BLOCKS_PER_ROW, self.config.vocab_size)
+        state = state.replace(block_tables=jnp.asarray(tables, jnp.int32))  # type: ignore[attr-defined]
+        logprobs: dict[int, list[np.ndarray]] = {row: [] for row in LENGTHS}
+        for bucket, decodes, chunks in schedule:
+            shape, function = self.program(bucket)
+            kv, state, out = function(self.params, kv, state, _pack(shape, decodes, chunks, self.tokens))
+            for at, (row, start, length) in enumerate(decodes + chunks):
+                if row in LENGTHS and start + length == LENGTHS[row]:
+                    logprobs[row].append(np.asarray(out.logprobs[at]))
+        words = {}
+        for row, length in LENGTHS.items():
+            place = np.arange(length)
+            cells = [np.asarray(layer)[tables[row][place // BLOCK], place % BLOCK] for layer in kv.layers]
+            bits = np.stack(cells).view(np.uint16 if cells[0].dtype.itemsize == 2 else np.uint32)
+            words[row] = np.concatenate([bits.ravel(), *logprobs[row]])
+        return words
+
+
+def _poisoned(layer: jax.Array) -> jax.Array:
+    """NaN in every block but the null block."""
+    nan = jnp.uint16(0x7FFF) if layer.dtype == jnp.uint16 else jnp.asarray(jnp.nan, layer.dtype)
+    return layer.at[1:].set(nan)
+
+
+def _pack(shape: StepShape, decodes: list[Run], chunks: list[Run], tokens: dict[int, np.ndarray]) -> np.ndarray:
+    packed = np.zeros(shape.packed_len, np.int32)
+    f = {name: packed[at : at + n] for name, (at, n) in shape.fields().items()}
+    for name in ("rows", "sample_rows", "update_rows"):
+        f[name].fill(shape.max_rows)
+    offset, tiles = 0, []
+    for number, (row, start, length) in enumerate(decodes + chunks):
+        span = slice(offset, offset + length)
+        f["tokens"][span] = tokens[row][start : start + length] if row in tokens else (start * 7 + row) % 300
+        f["rows"][span], f["positions"][span] = row, np.arange(start, start + length)
+        f["sample_rows"][number], f["sample_index"][number] = row, offset + length - 1
+        if number >= len(decodes):
+            tiles += [(offset + i, min(shape.q_tile, length - i)) for i in range(0, length, shape.q_tile)]
+        offset += length
+    for i, (start, length) in enumerate(tiles):
+        f["tile_start"][i], f["tile_len"][i] = start, length
+    f["header"][:] = len(decodes), len(tiles), LOGPROBS
+    return packed
+
+
+def _random_schedule(rng: np.random.Generator, buckets: list[int]) -> list[tuple[int, list[Run], list[Run]]]:
+    """Every sequence to its end in random steps, beside neighbours that mean nothing."""
+    at = dict.fromkeys(LENGTHS, 0)
+    steps = []
+    while any(at[row] < LENGTHS[row] for row in LENGTHS):
+        bucket = int(rng.choice(buckets))
+        left, decodes, chunks = bucket, [], []
+        for row in rng.permutation([*LENGTHS, 1, 4]).tolist():
+            length = int(rng.integers(1, min(left, 20) + 1)) if left else 0
+            if row not in at:  # a neighbour: its positions start anew
+                if length and rng.random() < 0.5:
+                    chunks.append((row, 0, length))
+                    left -= length
+                continue
+            length = min(length, LENGTHS[row] - at[row])
+            if not length or rng.random() < 0.2:
+                continue
+            decode = rng.random() < 0.5
+            length = 1 if decode else length
+            (decodes if decode else chunks).append((row, at[row], length))
+            at[row] += length
+            left -= length
+        if decodes or chunks:
+            steps.append((bucket, decodes, chunks))
+    return steps
+
+
+MODELS = {
+    "groups of three": (6, 2, 16),
+    "one query a head": (3, 3, 80),
+    "one kv head": (4, 1, 96),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_schedules_move_no_bit(name: str, dtype: str) -> None:
+    engine = Engine(_config(dtype, *MODELS[name]))
+    alone = [(64, [], [(row, 0, length)]) for row, length in LENGTHS.items()]
+    want = engine.run(alone, seed=0)
+    rng = np.random.default_rng(2)
+    one_by_one = [(2, [(row, i, 1)], []) for row, length in LENGTHS.items() for i in range(length)]
+    schedules = [one_by_one] + [_random_schedule(rng, [2, 8, 64]) for _ in range(6)]
+    for seed, schedule in enumerate(schedules):
+        found = engine.run(schedule, seed + 1)
+        for row in LENGTHS:
+            assert (found[row] != want[row]).sum() == 0, (name, dtype, seed, row)
+
+
+@pytest.mark.parametrize("width", [16, 64, 80, 576, 1024])
+def test_a_row_s_sum_is_the_same_beside_any_number_of_rows(width: int) -> None:
+    x = jnp.asarray(np.random.default_rng(3).normal(size=(300, width)), jnp.float32)
+    weight = jnp.ones(width)
+    total, norm = jax.jit(stable_sum), jax.jit(partial(rms_norm, weight=weight, eps=1e-6))
+    for rows in (1, 2, 3, 7, 8, 31, 64, 299):
+        np.testing.assert_array_equal(np.asarray(total(x[:rows])), np.asarray(total(x))[:rows])
+        np.testing.assert_array_equal(np.asarray(norm(x[:rows])), np.asarray(norm(x))[:rows])
+    np.testing.assert_allclose(np.asarray(total(x)), np.asarray(x, np.float64).sum(-1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("kv_heads", "groups", "head_dim"), [(3, 3, 64), (1, 8, 80), (2, 1, 128), (1, 2, 96)])
+def test_a_decode_row_attends_as_a_chunk_does(kv_heads: int, groups: int, head_dim: int, dtype: str) -> None:
+    """At the served tile sizes, for the last query of every length."""
+    rng = np.random.default_rng(4)
+    shape = StepShape(128, ROWS, 16, 16, q_tile=128, kv_tile=64)
+    cache = jnp.asarray(rng.normal(size=(ROWS * 16 + 1, 16, kv_heads, 2 * head_dim)), dtype)
+    tables = jnp.asarray(rng.permutation(np.arange(1, ROWS * 16 + 1)).reshape(ROWS, 16), jnp.int32)
+    q = jnp.asarray(rng.normal(size=(128, kv_heads, groups, head_dim)), jnp.float32)
+    attend = jax.jit(partial(paged_attention, dtype=dtype, window=None), static_argnames="shape")
+
+    def run(shape: StepShape, q: jax.Array, decodes: list[Run], chunks: list[Run]) -> np.ndarray:
+        batch = unpack(jnp.asarray(_pack(shape, decodes, chunks, {})), shape)
+        return np.asarray(attend(q, cache, tables, batch, shape))
+
+    chunk = run(shape, q, [], [(2, 100, 128)])
+    for bucket in (2, 8, 64):
+        small = StepShape(bucket, ROWS, 16, 16, q_tile=bucket, kv_tile=64)
+        for offset in (0, 27, 28, 91, 92, 127):
+            one = run(small, jnp.roll(q, -offset, 0)[:bucket], [(2, 100 + offset, 1)], [])
+            np.testing.assert_array_equal(one[0], chunk[offset])
