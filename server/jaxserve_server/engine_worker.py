@@ -145,8 +145,6 @@ class Worker:
         del model  # the core has the weights
         engine_start.log_engine(start, core.limits, core.runner.kv_bytes, core.init_s)
         self._loop = loop = StepLoop(core, start.engine, self._deliver)
-        if self._stopped.is_set():
-            loop.stop()
         stats, metrics = wire.pack_stats(loop.stats()), core.metrics.state()
         self._link.send(wire.Ready(core.limits, fingerprint, stats, metrics))
         threading.Thread(target=self._beat, name="engine-heartbeat", daemon=True).start()
@@ -184,8 +182,9 @@ class Worker:
                 self._started.set()
             case wire.Stop():
                 self._stopped.set()
-                if loop is not None:
-                    loop.stop()
+                if loop is None:  # it loads or compiles, which nobody can interrupt
+                    leave_at_once(0)
+                loop.stop()
             case wire.Add():
                 self._add(message)
             case wire.Abort():
