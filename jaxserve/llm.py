@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -73,7 +74,11 @@ class LLM:
         except TypeError as error:
             fields = ", ".join(EngineConfig.__dataclass_fields__)
             raise ConfigError(f"LLM does not know one of {sorted(config)}. It knows: {fields}.") from error
-        self._core = EngineCore(loaded.config, loaded.params, engine_config)
+        progress = _CompileProgress()
+        try:
+            self._core = EngineCore(loaded.config, loaded.params, engine_config, on_progress=progress)
+        finally:
+            progress.close()
         defaults: dict[str, Any] = dict(loaded.generation_defaults)
         self._default_params = SamplingParams(**defaults)
         self._ids = itertools.count()
@@ -244,6 +249,24 @@ def _salts_for(count: int, salts: str | Sequence[str | None] | None) -> list[str
     for salt in listed:
         check_cache_salt(salt)
     return listed
+
+
+class _CompileProgress:
+    """A bar of the programs that are compiled, or loaded; shown once that has taken two seconds."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(desc="Compiling step programs", delay=2, leave=False, dynamic_ncols=True)
+        self._lock = threading.Lock()
+
+    def __call__(self, num_done: int, num_all: int, name: str, seconds: float) -> None:
+        with self._lock:  # programs are compiled in several threads
+            self._bar.total = num_all
+            self._bar.update(1)
+
+    def close(self) -> None:
+        self._bar.close()
 
 
 class _Progress:

@@ -1,4 +1,4 @@
-"""Compiling the step programs before the first request, and knowing that none is compiled after.
+"""Compiling the step programs before the first request, or loading them, and knowing that none is compiled after.
 
 A fixed set: one program for each token bucket, three for admission, and for beams and for moving blocks one or a few
 by size. They are called as compiled executables, so that a shape nobody planned for is an error and not a silent
@@ -8,8 +8,10 @@ compilation.
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,28 +26,42 @@ import numpy as np
 
 from jaxserve.config import EngineLimits, ModelConfig
 from jaxserve.engine.beams import follow_sizes
+from jaxserve.engine.executables import ExecutableStore, is_supported, prune
 from jaxserve.errors import ConfigError
 from jaxserve.ops.beams import follow_beams, start_beams
 from jaxserve.ops.blocks import copy_blocks, gather_blocks, scatter_blocks
-from jaxserve.state import DecodeState, KVCache, StepShape
+from jaxserve.state import DecodeState, KVCache, StepShape, init_decode_state, init_kv_cache
 from jaxserve.steps import admit_row, count_fields, count_stored, row_fields, set_row_tables, step, table_fields
 from jaxserve.types import MAX_BEAM_WIDTH
 
+logger = logging.getLogger(__name__)
+
 # (programs done, programs in all, name of the one just done, its seconds)
 OnProgress = Callable[[int, int, str, float], None]
-_Programs = dict[str, Callable[[], Any]]  # name -> lowering
+_Programs = dict[str, partial[Any]]  # name -> lowering, with the arguments' shapes
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 class CompileCounter:
     """Counts XLA compilations of this process since it was made."""
 
     def __init__(self) -> None:
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        self.count = 0  # those included that jax's cache answers
+        self._thread = threading.local()
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_secs: float, **_: Any) -> None:
+    def cache_hits(self) -> int:
+        """How many of this thread's compilations jax's own cache has answered."""
+        return getattr(self._thread, "hits", 0)
+
+    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         self.count += event == _COMPILE_EVENT
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        if event == _CACHE_HIT_EVENT:
+            self._thread.hits = self.cache_hits() + 1
 
 
 @functools.cache
@@ -59,14 +75,17 @@ class CompiledSteps:
     """The executables of one engine.
 
     Attributes:
+        empty: () -> (KVCache, DecodeState), in which nothing belongs to anybody.
         steps: (shape, executable) of each bucket, ascending.
         admit, set_tables, count_stored: `steps.admit_row`, `steps.set_row_tables` and `steps.count_stored`.
         start_beams: `ops.beams.start_beams`.
         follow_beams: `ops.beams.follow_beams` by number of rows.
         copy, gather, scatter: `ops.blocks.copy_blocks`, `gather_blocks` and `scatter_blocks` by number of blocks.
         compile_s: seconds of each program by name.
+        num_loaded: how many of them an earlier start had left.
     """
 
+    empty: Callable
     steps: tuple[tuple[StepShape, Callable], ...]
     admit: Callable
     set_tables: Callable
@@ -77,6 +96,7 @@ class CompiledSteps:
     gather: Mapping[int, Callable]
     scatter: Mapping[int, Callable]
     compile_s: dict[str, float]
+    num_loaded: int
 
     @property
     def max_decode_steps(self) -> int:
@@ -112,30 +132,40 @@ def step_shape(limits: EngineLimits, num_tokens: int) -> StepShape:
 
 def compile_steps(
     params: Any,
-    kv: KVCache,
-    state: DecodeState,
     model: ModelConfig,
     limits: EngineLimits,
     on_progress: OnProgress | None = None,
+    cache: Path | None = None,
+    *,
+    reuse: bool = True,
 ) -> CompiledSteps:
-    """Lowers and compiles every program, in as many threads as there are cores.
+    """Loads the programs that an earlier start has left and compiles the others, in a thread for each core.
 
     Args:
-        params, kv, state: the arrays themselves; their shapes and shardings are what is compiled for.
+        params: the arrays themselves; their shapes and sharding are what is compiled for.
+        cache: where `use_compilation_cache` keeps programs; None neither loads nor keeps.
+        reuse: False compiles all of them, and keeps what comes out.
     """
-    abstract = partial(jax.tree.map, _abstract)
-    shapes = abstract(params), abstract(kv), abstract(state)
+    empty, kv, state = _empty_program(model, limits, jax.tree.leaves(params)[0].sharding)
     programs = (  # the longest compilations first
-        _step_programs(*shapes, model, limits)
-        | _state_programs(shapes[2], model, limits)
-        | _memory_programs(shapes[1], shapes[2], limits)
+        _step_programs(jax.tree.map(_abstract, params), kv, state, model, limits)
+        | _state_programs(state, model, limits)
+        | _memory_programs(kv, state, limits)
+        | empty
     )
-    compiled, seconds = _compile_all(programs, on_progress)
+    store = ExecutableStore(cache, model, limits) if cache and is_supported() else None
+    made = _make_all(programs, store, reuse, on_progress)
+    compiled = {name: program.executable for name, program in made.items()}
+    num_loaded = sum(program.loaded for program in made.values())
+    logger.info("%d programs: %d compiled, %d loaded", len(made), len(made) - num_loaded, num_loaded)
+    if cache:
+        prune(cache)
 
     def by_size(name: str, sizes: Iterable[int]) -> dict[int, Callable]:
         return {size: compiled[f"{name}[{size}]"] for size in sizes}
 
     return CompiledSteps(
+        empty=compiled["empty"],
         steps=tuple((step_shape(limits, n), compiled[f"step[{n}]"]) for n in limits.token_buckets),
         admit=compiled["admit"],
         set_tables=compiled["set_tables"],
@@ -145,13 +175,30 @@ def compile_steps(
         copy=by_size("copy", copy_sizes(limits)),
         gather=by_size("gather", limits.swap_buckets),
         scatter=by_size("scatter", limits.swap_buckets),
-        compile_s=seconds,
+        compile_s={name: program.seconds for name, program in made.items()},
+        num_loaded=num_loaded,
     )
 
 
 def copy_sizes(limits: EngineLimits) -> tuple[int, ...]:
     """Numbers of blocks that copies are compiled for: a few, and one for each row."""
     return tuple(sorted({min(8, limits.max_num_seqs), limits.max_num_seqs}))
+
+
+def _empty_program(model: ModelConfig, limits: EngineLimits, sharding: Any) -> tuple[_Programs, KVCache, DecodeState]:
+    """The program that makes cache and state, and their shapes.
+
+    One program, where a score of eager operations would take 0.7 s of a core to compile.
+    """
+    as_bits = jax.default_backend() == "cpu"
+
+    def empty() -> tuple[KVCache, DecodeState]:
+        kv = init_kv_cache(model, limits.num_blocks, limits.block_size, limits.kv_dtype, as_bits=as_bits)
+        return kv, init_decode_state(limits.max_num_seqs, limits.max_blocks_per_row, model.vocab_size)
+
+    place = partial(jax.ShapeDtypeStruct, sharding=sharding)
+    kv, state = jax.tree.map(lambda array: place(array.shape, array.dtype), jax.eval_shape(empty))
+    return {"empty": partial(jax.jit(empty, out_shardings=sharding).lower)}, kv, state
 
 
 def _step_programs(params: Any, kv: Any, state: Any, model: ModelConfig, limits: EngineLimits) -> _Programs:
@@ -208,27 +255,52 @@ def _abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
 
 
-def _compile_all(
-    programs: dict[str, Callable[[], Any]], on_progress: OnProgress | None
-) -> tuple[dict[str, Any], dict[str, float]]:
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """One program. `seconds` is what it took to load or to compile."""
+
+    executable: Callable
+    loaded: bool
+    seconds: float
+
+
+def _make_all(
+    programs: _Programs, store: ExecutableStore | None, reuse: bool, on_progress: OnProgress | None
+) -> dict[str, _Made]:
     done: list[str] = []
 
-    def compile_one(name: str) -> tuple[Any, float]:
-        begin = time.perf_counter()
-        executable = programs[name]().compile()
-        seconds = time.perf_counter() - begin
+    def make(name: str) -> _Made:
+        begin, lower = time.perf_counter(), programs[name]
+        found = store.load(name, lower.args) if store and reuse else None
+        executable = found or _compile(name, lower, store)
+        made = _Made(executable, found is not None, time.perf_counter() - begin)
         done.append(name)
         if on_progress:
-            on_progress(len(done), len(programs), name, seconds)
-        return executable, seconds
+            on_progress(len(done), len(programs), name, made.seconds)
+        return made
 
-    with ThreadPoolExecutor(max_workers=min(os.cpu_count() or 1, len(programs))) as pool:
-        results = dict(zip(programs, pool.map(compile_one, programs), strict=True))
-    return {name: r[0] for name, r in results.items()}, {name: r[1] for name, r in results.items()}
+    with ThreadPoolExecutor(max_workers=min(num_cores(), len(programs))) as pool:
+        return dict(zip(programs, pool.map(make, programs), strict=True))
+
+
+def _compile(name: str, lower: partial[Any], store: ExecutableStore | None) -> Callable:
+    hits = compile_counter().cache_hits()
+    executable = lower().compile()
+    if store and compile_counter().cache_hits() == hits:  # XLA:CPU loses functions when it writes what it has read
+        store.save(name, lower.args, executable)
+    return executable
+
+
+def num_cores() -> int:
+    """Cores that this process may use: a container's share of them, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_compilation_cache(folder: str) -> Path:
-    """Keeps compiled programs in `folder` from now on, for the whole process.
+    """Makes a folder in which compiled programs are kept from now on.
+
+    jax's own cache is turned on only where ours does not work: XLA:CPU cannot write again what that has read, and
+    asking it means lowering each program.
 
     Raises:
         ConfigError: the folder is not this user's alone. What lies in it is executed.
@@ -241,7 +313,8 @@ def use_compilation_cache(folder: str) -> Path:
             f"The compilation cache {folder} must be a folder that belongs to this user with mode 0700, because "
             "compiled code in it is executed. Set the mode, choose another folder, or turn the cache off."
         )
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    if not is_supported():
+        jax.config.update("jax_compilation_cache_dir", str(path))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     return path

@@ -65,12 +65,13 @@ class EngineCore:
         self, model: ModelConfig, params: Any, config: EngineConfig, *, on_progress: OnProgress | None = None
     ) -> None:
         begin = time.monotonic()
-        if config.compilation_cache_dir:
-            use_compilation_cache(config.compilation_cache_dir)
+        cache = use_compilation_cache(config.compilation_cache_dir) if config.compilation_cache_dir else None
         weight_bytes = tree_device_bytes(params)
         self.model, self.config = model, config
         self.limits = limits = resolve_engine_config(config, model, weight_bytes=weight_bytes)
-        self.runner = Runner(params, model, limits, verify_swaps=config.verify_swaps, on_progress=on_progress)
+        self.runner = Runner(
+            params, model, limits, verify_swaps=config.verify_swaps, on_progress=on_progress, cache=cache
+        )
         self.metrics = EngineMetrics(
             max_model_len=limits.max_model_len,
             cache_info={

@@ -11,6 +11,8 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,11 +36,9 @@ from jaxserve.state import (
     PENALTIES,
     PROMPT_LOGPROBS,
     StepOutput,
-    init_decode_state,
-    init_kv_cache,
     tree_device_bytes,
 )
-from jaxserve.steps import count_fields
+from jaxserve.steps import count_fields, row_fields, table_fields
 from jaxserve.types import MAX_BEAM_WIDTH
 
 logger = logging.getLogger(__name__)
@@ -97,26 +97,33 @@ class Runner:
         *,
         verify_swaps: bool = False,
         on_progress: OnProgress | None = None,
+        cache: Path | None = None,
     ) -> None:
         self.model, self.limits = model, limits
         self._params = params
         self._features = np.zeros(limits.max_num_seqs, np.int32)
+        prepare = partial(compile_steps, params, model, limits, on_progress, cache)
+        self.compiled: CompiledSteps = prepare()
         self.reset()
         layer = self._kv.layers[0]
         block_shape = (len(self._kv.layers), *layer.shape[1:])
         staging = staging_memory(next(iter(layer.devices())))
         self.store = SwapStore(limits.num_swap_blocks, block_shape, layer.dtype, verify=verify_swaps, staging=staging)
-        self.compiled: CompiledSteps = compile_steps(params, self._kv, self._state, model, limits, on_progress)
-        self.costs = self._warm_up()
+        try:
+            self.costs = self._warm_up()
+        except jax.errors.JaxRuntimeError as error:
+            if not self.compiled.num_loaded:
+                raise
+            logger.warning("a kept program does not run, compiling all of them: %s", error)
+            self.compiled = prepare(reuse=False)
+            self.reset()
+            self.costs = self._warm_up()
         if limits.exact:
             self._keep_equal()
 
     def reset(self) -> None:
         """Cache and state anew: at start, and after a step that failed and took the donated ones with it."""
-        limits, model = self.limits, self.model
-        as_bits = jax.default_backend() == "cpu"
-        self._kv = init_kv_cache(model, limits.num_blocks, limits.block_size, limits.kv_dtype, as_bits=as_bits)
-        self._state = init_decode_state(limits.max_num_seqs, limits.max_blocks_per_row, model.vocab_size)
+        self._kv, self._state = self.compiled.empty()
 
     @property
     def kv_bytes(self) -> int:
@@ -135,11 +142,19 @@ class Runner:
                 self._kv, self._state, output = executable(self._params, self._kv, self._state, packed)
                 jax.block_until_ready(output)
                 step_s = time.perf_counter() - begin
+        no_row = self.limits.max_num_seqs  # past the last: what is written there is dropped
+        for program, fields in (
+            (self.compiled.admit, row_fields(self.limits.max_blocks_per_row)),
+            (self.compiled.set_tables, table_fields(self.model.vocab_size)),
+        ):
+            packed = np.zeros(sum(fields.values()), np.int32)
+            packed[0] = no_row
+            self._state = program(self._state, packed)
         nobody = np.full(MAX_BEAM_WIDTH, -1, np.int32)
         self._state = self.compiled.start_beams(self._state, nobody)
         for size, follow in self.compiled.follow_beams.items():
             packed = np.zeros((2, size), np.int32)
-            packed[0] = self.limits.max_num_seqs
+            packed[0] = no_row
             self._kv, self._state = follow(self._kv, self._state, packed.reshape(-1))
         for size, copy in self.compiled.copy.items():
             self._kv = copy(self._kv, np.zeros(2 * size, np.int32))

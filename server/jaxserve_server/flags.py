@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxserve.config import EngineConfig
 from jaxserve_server.flag_hints import refusal
-from jaxserve_server.parser import DEFAULTS, Parser, make_parser
+from jaxserve_server.parser import ABOUT, DEFAULTS, PROG, Parser, make_parser
 
 API_KEY_VARIABLE = "JAXSERVE_API_KEY"
 ENGINE_FLAGS = tuple(f.name for f in fields(EngineConfig))
@@ -59,12 +59,17 @@ class Options:
     given: Mapping[str, Any]
 
 
-def parse_options(argv: Sequence[str], environment: Mapping[str, str] = os.environ) -> Options:
+def parse_options(
+    argv: Sequence[str], environment: Mapping[str, str] = os.environ, *, prog: str = PROG, about: str = ABOUT
+) -> Options:
     """The options of `argv`, over those of its `--config` file, over the defaults.
+
+    Args:
+        prog, about: the command's name and what it does. Only the one that serves needs a key to listen for others.
 
     Exits with code 2 upon a usage error, and 0 after `--help` or `--version`.
     """
-    parser = make_parser()
+    parser = make_parser(prog, about)
     given = parse_given(parser, argv)
     config_file = given.pop("config", None)
     if config_file is not None:
@@ -73,7 +78,8 @@ def parse_options(argv: Sequence[str], environment: Mapping[str, str] = os.envir
     values = DEFAULTS | given
     if not values["api_key"] and environment.get(API_KEY_VARIABLE):
         values["api_key"] = [environment[API_KEY_VARIABLE]]
-    check(parser, values)
+    if prog == PROG:
+        check(parser, values)
     engine = EngineConfig(**{name: values.pop(name) for name in ENGINE_FLAGS})
     for name in ("api_key", "allowed_hosts", "served_model_name"):
         values[name] = tuple(values[name])

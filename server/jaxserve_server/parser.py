@@ -16,6 +16,7 @@ from jaxserve.config import EngineConfig
 from jaxserve_server.flag_hints import NO_EFFECT, ONLY
 
 PROG = "python -m jaxserve.serve"
+ABOUT = "Serve a model over the OpenAI API. Flags have vLLM's names where the meaning is the same."
 DTYPE_NAMES = {
     **{"auto": "auto", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"},
     **{"float": "float32", "half": "float16"},
@@ -56,11 +57,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\nTry '{self.prog} --help'.\n")
 
 
-def make_parser() -> Parser:
+def make_parser(prog: str = PROG, about: str = ABOUT) -> Parser:
     """The parser. What it returns holds only what was set: defaults are added later, below the config file."""
     parser = Parser(
-        prog=PROG,
-        description="Serve a model over the OpenAI API. Flags have vLLM's names where the meaning is the same.",
+        prog=prog,
+        description=about,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

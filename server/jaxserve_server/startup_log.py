@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from starlette.routing import Route  # the engine's process logs, too, and serves no routes
 
 GIB = 2**30
+SLOW_PROGRAM_S = 2.0
 MAX_VALUE_CHARS = 200  # --chat-template may hold a whole template
 logger = logging.getLogger("jaxserve.server")
 
@@ -72,7 +73,9 @@ def log_reuse(*, prefix_caching: bool, num_swap_blocks: int, num_swap_bytes: int
 
 
 def log_compiled(num_done: int, num_all: int, name: str, seconds: float) -> None:
-    logger.info("Compiling step programs: %d/%d, %s took %.2f s", num_done, num_all, name, seconds)
+    """A line for each program that took long, and one at the end: a warm start is one line."""
+    if seconds >= SLOW_PROGRAM_S or num_done == num_all:
+        logger.info("Compiling step programs: %d/%d, %s took %.2f s", num_done, num_all, name, seconds)
 
 
 def log_engine_ready(seconds: float) -> None:
