@@ -26,8 +26,8 @@ from jaxserve_checkpoints.load import load_model
 Asked = tuple[list[int], SamplingParams | BeamSearchParams]
 
 NUM_REQUESTS, NUM_QUICK = 10_000, 500
-MAX_PROMPT, MAX_OUTPUT = 100, 40
-NUM_BLOCKS = 41  # of 16 tokens, where 32 rows of 140 would fill 288
+MAX_PROMPT, MAX_OUTPUT = 100, 60
+BLOCK_SIZE, NUM_BLOCKS = 4, 161  # where 32 rows of 160 tokens would fill 1,280
 NUM_OPEN = 96  # requests in the engine at once, running or waiting
 
 
@@ -60,7 +60,6 @@ def random_params(rng: np.random.Generator, vocab_size: int, max_tokens: int) ->
         "logit_bias": {int(token): float(rng.normal()) for token in ids[:20]},
         "min_tokens": int(rng.integers(0, max_tokens + 1)),
         "stop_token_ids": ids[:4],
-        "ignore_eos": True,
         "allowed_token_ids": ids,
         "bad_words_token_ids": [ids[:1], ids[1:4]],
         "logprobs": int(rng.integers(0, 21)),
@@ -68,7 +67,9 @@ def random_params(rng: np.random.Generator, vocab_size: int, max_tokens: int) ->
     }
     asked = {name: value for name, value in kinds.items() if rng.random() < 1 / 8}
     temperature = float(rng.choice([0.0, 0.0, 0.7, 1.0, 2.0]))
-    return SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=int(rng.integers(2**62)), **asked)
+    return SamplingParams(
+        temperature=temperature, max_tokens=max_tokens, seed=int(rng.integers(2**62)), ignore_eos=True, **asked
+    )
 
 
 def serve(core: EngineCore, requests: Iterator[Asked], seed: int) -> int:
@@ -103,7 +104,12 @@ def main() -> int:
     core = EngineCore(
         model.config,
         model.params,
-        EngineConfig(max_num_seqs=32, max_model_len=MAX_PROMPT + MAX_OUTPUT, num_gpu_blocks_override=NUM_BLOCKS),
+        EngineConfig(
+            max_num_seqs=32,
+            max_model_len=MAX_PROMPT + MAX_OUTPUT,
+            block_size=BLOCK_SIZE,
+            num_gpu_blocks_override=NUM_BLOCKS,
+        ),
     )
     begin = time.perf_counter()
     num_tokens = serve(core, random_requests(model.config, count, seed=0), seed=1)
