@@ -17,6 +17,7 @@ import httpx
 import pytest
 
 READY_S = 300.0  # two busy cores compile slowly; an idle machine needs a tenth of it
+FLAGS = ["--max-num-seqs", "2", "--max-num-batched-tokens", "16"]  # few programs to compile
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +49,39 @@ def wheel_environment(unpacked: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def wheel_server(unpacked: Path, wheel_environment: dict[str, str]) -> Iterator[str]:
+def compiled_ahead(unpacked: Path, wheel_environment: dict[str, str]) -> str:
+    """What `jaxserve.compile` printed, with the flags that the wheel's server has."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-P", "-m", "jaxserve.compile", *FLAGS, "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=wheel_environment,
+        cwd=unpacked.parent,
+        timeout=READY_S,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def wheel_log(unpacked: Path) -> Path:
+    """What the wheel's server writes."""
+    return unpacked.parent / "server.log"
+
+
+@pytest.fixture(scope="session")
+def wheel_server(
+    unpacked: Path, wheel_environment: dict[str, str], wheel_log: Path, compiled_ahead: str
+) -> Iterator[str]:
     """The address of a server that runs from the unpacked wheel; SIGTERM must end it with status 0."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--port", str(port), "--max-num-seqs", "2", "--max-num-batched-tokens", "16"]  # few programs to compile
-    log = unpacked.parent / "server.log"
+    log = wheel_log
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [sys.executable, "-S", "-P", "-m", "jaxserve.serve", *flags],
+            [sys.executable, "-S", "-P", "-m", "jaxserve.serve", "--port", str(port), *FLAGS],
             env=wheel_environment,
             cwd=unpacked.parent,
             stdout=stream,

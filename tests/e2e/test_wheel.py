@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import zipfile
@@ -63,3 +64,12 @@ def test_it_serves_the_demo(wheel_server: str):
     answer = httpx.post(f"{wheel_server}/v1/chat/completions", json=body, timeout=60).json()
     assert answer["choices"][0]["message"]["content"].strip()
     assert answer["usage"]["completion_tokens"] >= 1
+
+
+def test_a_server_compiles_nothing_that_was_compiled_ahead(compiled_ahead: str, wheel_server: str, wheel_log: Path):
+    num_programs = int(re.search(r"^(\d+) programs, \1 compiled and 0 there already, in ", compiled_ahead, re.M)[1])
+    assert len(re.findall(r"^\S+ +\d+\.\d\d s$", compiled_ahead, re.M)) == num_programs > 10
+    assert re.search(r"holds \d+ files, \d+\.\d MB$", compiled_ahead.rstrip())
+    assert f"{num_programs} programs: 0 compiled, {num_programs} loaded" in wheel_log.read_text()
+    metrics = httpx.get(f"{wheel_server}/metrics").text
+    assert re.search(r"^jaxserve:recompiles_after_ready_total(\{.*\})? 0(\.0)?$", metrics, re.M)

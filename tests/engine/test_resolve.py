@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.engine import compiled
 from jaxserve.engine.compiled import use_compilation_cache
 from jaxserve.engine.resolve import MAX_SWAP_BYTES, resolve_engine_config, swap_buckets, token_buckets
 from jaxserve.errors import ConfigError
@@ -123,6 +124,9 @@ def test_the_compilation_cache_must_be_private(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("jax.config.update", updates.__setitem__)
     made = use_compilation_cache(str(tmp_path / "a" / "xla"))
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
+    assert not updates, "jax's own cache, where ours works"
+    monkeypatch.setattr(compiled, "is_supported", lambda: False)
+    assert use_compilation_cache(str(made)) == made
     assert updates["jax_compilation_cache_dir"] == str(made)
     made.chmod(0o770)
     with pytest.raises(ConfigError, match="mode 0700"):
