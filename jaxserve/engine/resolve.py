@@ -12,7 +12,6 @@ from jaxserve.errors import ConfigError
 
 GIB = 2**30
 CPU_KV_BYTES = 4 * GIB  # default pool on a CPU, where "the device's memory" is everybody's
-MIN_BUCKET = 2  # XLA:CPU converts the whole weight of a one-row 16-bit product: 22 ms instead of 2
 KV_TILE = 64
 MAX_SWAP_BYTES = 64 * 2**20  # one gather to host memory: its copy stands on the device until it has arrived
 
@@ -38,7 +37,8 @@ def resolve_engine_config(
             f"max_num_batched_tokens={max_tokens} must be at least max_num_seqs={max_num_seqs}: every running "
             "sequence feeds one token a step. Raise the first or lower the second."
         )
-    max_tokens = max(max_tokens, MIN_BUCKET)
+    smallest = smallest_bucket(model.dtype)
+    max_tokens = max(max_tokens, smallest)
     max_model_len = _max_model_len(config, model)
     kv_dtype: DType = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     num_blocks = _num_blocks(config, model, kv_dtype, max_num_seqs, max_tokens, max_model_len, weight_bytes, device)
@@ -58,8 +58,8 @@ def resolve_engine_config(
         num_blocks=num_blocks,
         max_blocks_per_row=tiles * kv_tile // config.block_size,
         kv_dtype=kv_dtype,
-        token_buckets=token_buckets(max_tokens, max_num_seqs),
-        q_tile=64 if max_model_len <= 16_384 else 256,
+        token_buckets=token_buckets(max_tokens, max_num_seqs, smallest),
+        q_tile=128 if max_model_len <= 16_384 else 256,
         kv_tile=kv_tile,
         num_swap_blocks=num_swap_blocks,
         swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
@@ -68,14 +68,23 @@ def resolve_engine_config(
     )
 
 
-def token_buckets(max_num_batched_tokens: int, max_num_seqs: int) -> tuple[int, ...]:
-    """Token counts to compile: 2, 8, 64, 512 ... up to the rows, then steps of four up to the budget.
+def smallest_bucket(dtype: DType) -> int:
+    """Tokens of the smallest program: one in float32, two in 16-bit types.
+
+    XLA:CPU converts the whole weight of a one-row 16-bit product: 22 ms instead of 2. In float32 one row takes
+    a third of the time of two, but is summed in another order; from two rows up all programs give the same bits.
+    """
+    return 1 if dtype == "float32" else 2
+
+
+def token_buckets(max_num_batched_tokens: int, max_num_seqs: int, smallest: int) -> tuple[int, ...]:
+    """Token counts to compile: `smallest`, 8, 64, 512 ... up to the rows, then steps of four up to the budget.
 
     Few, because each costs about 4 s of a core at start. Padding a small step costs little: it reads
     the same weights. The steady states (all rows decoding; a full budget) are met exactly.
     """
-    buckets = {max(max_num_seqs, MIN_BUCKET), max_num_batched_tokens}
-    buckets |= {size for size in (MIN_BUCKET, 8, 64, 512) if size < max_num_seqs}
+    buckets = {max(max_num_seqs, smallest), max_num_batched_tokens}
+    buckets |= {size for size in (smallest, 8, 64, 512) if size < max_num_seqs}
     size = 4 * max_num_seqs
     while size < max_num_batched_tokens:
         buckets.add(size)

@@ -23,7 +23,8 @@ from jaxserve.state import StepBatch, StepShape
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # highest score so far, sum of exp, weighted values
 _DECODE_GROUP = 16  # rows; nearly as fast a row as 64 at once, and short contexts do not wait for long ones
-_FEW_QUERIES = 16
+_FEW_QUERIES = 16  # so few share a copy of a tile that they use it as it is, keys beside values
+_WIDE_PRODUCT = 16_384  # columns x keys of a product; XLA:CPU sums some larger ones in another order (65,536)
 _COLUMNS = 64  # XLA:CPU's float32 product chooses its kernel, and order, by rows where columns are no multiple
 _FLOOR = -1e30  # the running maximum before any key: finite, so that exp(-inf - floor) is 0 and not NaN
 
@@ -171,7 +172,7 @@ def _attend_prefill(
 
 def _attend_tiles(
     q: Float[Array, "batch kv_heads queries head_dim"],
-    positions: Int[Array, "batch #queries"],
+    positions: Int[Array, "batch queries_or_one"],
     num_keys: Int[Array, " batch"],
     cache: Array,
     tables: Int[Array, "batch blocks"],
@@ -190,7 +191,8 @@ def _attend_tiles(
     kind = _product_dtype(dtype)
     extra = num_queries == 1
     q = jnp.pad(q, ((0, 0), (0, 0), (0, int(extra)), (0, 0))).astype(kind)
-    whole = num_queries <= _FEW_QUERIES and 2 * head_dim % _COLUMNS == 0 and 2 * head_dim * shape.kv_tile <= 16_384
+    whole = num_queries <= _FEW_QUERIES and 2 * head_dim % _COLUMNS == 0
+    whole = whole and 2 * head_dim * shape.kv_tile <= _WIDE_PRODUCT
     if whole:  # twice the products cost less than a copy of keys without values and of values without keys
         q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
     width = 2 * head_dim if whole else head_dim + -head_dim % _COLUMNS

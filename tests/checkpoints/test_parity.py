@@ -38,7 +38,7 @@ TOKENS = 16  # a step; prompts of up to 70 tokens take five
 @pytest.fixture
 def one_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
     """One compiled step instead of three: what is judged here is numbers, not buckets."""
-    monkeypatch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+    monkeypatch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
 
 
 def engine_config(**changes: Any) -> EngineConfig:

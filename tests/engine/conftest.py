@@ -58,7 +58,7 @@ def make_core(model: ModelConfig, params: Any) -> Callable[..., EngineCore]:
             "compilation_cache_dir": None,
         }
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+            patch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
             return EngineCore(model, changes.pop("params", params), EngineConfig(**values | changes))
 
     return make

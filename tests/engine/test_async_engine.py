@@ -37,7 +37,7 @@ def make_engine(model: ModelConfig, params: Any) -> Iterator[Callable[..., Async
         values |= {"num_gpu_blocks_override": 41, "compilation_cache_dir": None}
         engine = AsyncEngine(model, params, EngineConfig(**values | changes))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+            patch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
             engine.start()
         engines.append(engine)
         return engine
@@ -59,7 +59,7 @@ def engine(model: ModelConfig, params: Any) -> Iterator[AsyncEngine]:
     )
     engine = AsyncEngine(model, params, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+        patch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
         engine.start()
     yield engine
     engine.shutdown()

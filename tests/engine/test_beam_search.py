@@ -142,7 +142,7 @@ def golden_params(case: dict[str, Any], eos: Sequence[int]) -> BeamSearchParams:
 def make_engine(model: ModelConfig, params: Any, **config: Any) -> EngineCore:
     """An engine with one bucket, so that who shares a step changes no bit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+        patch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
         return EngineCore(model, params, EngineConfig(compilation_cache_dir=None, **config))
 
 

@@ -49,7 +49,7 @@ def cores(demo: tuple[Any, list[list[int]]]) -> dict[tuple[int, str], EngineCore
     loaded, _ = demo
     made = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+        patch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
         for chunk, pool in itertools.product(CHUNKS, POOLS):
             config = EngineConfig(
                 max_num_seqs=8,

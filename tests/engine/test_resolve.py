@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,18 +24,28 @@ def resolve(model: ModelConfig, device: Any = None, **config: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("max_tokens", "max_seqs", "buckets"),
+    ("max_tokens", "max_seqs", "smallest", "buckets"),
     [
-        (256, 64, (2, 8, 64, 256)),
-        (2048, 256, (2, 8, 64, 256, 1024, 2048)),
-        (8192, 1024, (2, 8, 64, 512, 1024, 4096, 8192)),
-        (16, 16, (2, 8, 16)),
-        (3, 1, (2, 3)),
-        (2, 1, (2,)),
+        (256, 64, 2, (2, 8, 64, 256)),
+        (256, 64, 1, (1, 8, 64, 256)),
+        (2048, 256, 2, (2, 8, 64, 256, 1024, 2048)),
+        (8192, 1024, 2, (2, 8, 64, 512, 1024, 4096, 8192)),
+        (16, 16, 2, (2, 8, 16)),
+        (3, 1, 2, (2, 3)),
+        (3, 1, 1, (1, 3)),
+        (2, 1, 2, (2,)),
+        (1, 1, 1, (1,)),
     ],
 )
-def test_buckets_are_few_and_meet_both_bounds(max_tokens: int, max_seqs: int, buckets: tuple[int, ...]) -> None:
-    assert token_buckets(max_tokens, max_seqs) == buckets
+def test_buckets_are_few_and_meet_both_bounds(
+    max_tokens: int, max_seqs: int, smallest: int, buckets: tuple[int, ...]
+) -> None:
+    assert token_buckets(max_tokens, max_seqs, smallest) == buckets
+
+
+@pytest.mark.parametrize(("dtype", "smallest"), [("float32", 1), ("bfloat16", 2), ("float16", 2)])
+def test_one_row_has_a_program_of_its_own_in_float32_alone(dtype: Any, smallest: int, model: ModelConfig) -> None:
+    assert resolve(replace(model, dtype=dtype)).token_buckets[0] == smallest
 
 
 def test_a_pool_in_bytes_becomes_blocks(model: ModelConfig) -> None:
