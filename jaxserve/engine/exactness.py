@@ -32,15 +32,17 @@ class Trace:
 
     Attributes:
         kv: [L, m, C, K, 2H] the blocks.
-        answers: int32[1 + NUM_DECODED, 44] the tokens sampled after the prompt and after each decode step, whether they
-            failed, and their logprobs.
+        answers: int32[44] by position: the token sampled after it, whether it failed, its logprobs. Of the prompt,
+            as many positions of each chunk as the program can sample for.
     """
 
     kv: np.ndarray
-    answers: np.ndarray
+    answers: dict[int, np.ndarray]
 
     def equals(self, other: Trace) -> bool:
-        return self.kv.tobytes() == other.kv.tobytes() and self.answers.tobytes() == other.answers.tobytes()
+        common = self.answers.keys() & other.answers.keys()
+        same = all(self.answers[at].tobytes() == other.answers[at].tobytes() for at in common)
+        return same and self.kv.tobytes() == other.kv.tobytes()
 
 
 def differing_buckets(
@@ -89,7 +91,7 @@ def _trace(
     (kv, state), row = memory, shape.max_rows - 1
     num_prompt = max(num_tokens - NUM_DECODED, 1)
     prompt = np.random.default_rng(0).integers(0, state.prompt_seen.shape[1], num_prompt).astype(np.int32)
-    answers: list[np.ndarray] = []
+    answers: dict[int, np.ndarray] = {}
     at = 0
     while at < num_tokens:
         packed, fields = empty_step(shape)
@@ -102,13 +104,18 @@ def _trace(
         starts = np.arange(0, 0 if is_decode else length, shape.q_tile)
         fields["tile_start"][: len(starts)] = starts
         fields["tile_len"][: len(starts)] = np.minimum(shape.q_tile, length - starts)
-        if at + length >= num_prompt:
-            fields["sample_rows"][0], fields["sample_index"][0] = row, length - 1
+        num_samples = min(length, shape.num_samples)
+        fields["sample_rows"][:num_samples] = np.arange(
+            shape.max_rows - num_samples, shape.max_rows
+        )  # the last its own
+        fields["sample_index"][:num_samples] = np.arange(length - num_samples, length)
         fields["header"][:] = int(is_decode), len(starts), LOGPROBS, num_steps
         kv, state, output = step(params, kv, state, packed)
-        if at + length >= num_prompt:
-            columns = np.concatenate([output.sampled, output.logprobs], axis=-1)
-            answers.append(columns[:num_steps, 0])
+        columns = np.concatenate([output.sampled, output.logprobs], axis=-1)
+        if is_decode:
+            answers |= {at + index: columns[index, 0] for index in range(num_steps)}
+        else:
+            answers |= {at + length - num_samples + index: columns[0, index] for index in range(num_samples)}
         at += length * num_steps
     stored = np.stack([np.asarray(layer[blocks]) for layer in kv.layers])
-    return Trace(stored, np.concatenate(answers)), (kv, state)
+    return Trace(stored, answers), (kv, state)

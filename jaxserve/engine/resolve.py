@@ -37,7 +37,8 @@ def resolve_engine_config(
             f"max_num_batched_tokens={max_tokens} must be at least max_num_seqs={max_num_seqs}: every running "
             "sequence feeds one token a step. Raise the first or lower the second."
         )
-    smallest = smallest_bucket(model.dtype)
+    exact = (on_cpu and model.dtype != "float32") if config.exact is None else config.exact
+    smallest = smallest_bucket(model.dtype, exact=exact)
     max_tokens = max(max_tokens, smallest)
     max_model_len = _max_model_len(config, model)
     kv_dtype: DType = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
@@ -64,17 +65,17 @@ def resolve_engine_config(
         num_swap_blocks=num_swap_blocks,
         swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
         max_decode_steps=min(config.max_decode_steps, config.block_size),  # so that a row opens one block at most
-        exact=(on_cpu and model.dtype != "float32") if config.exact is None else config.exact,
+        exact=exact,
     )
 
 
-def smallest_bucket(dtype: DType) -> int:
-    """Tokens of the smallest program: one in float32, two in 16-bit types.
+def smallest_bucket(dtype: DType, *, exact: bool) -> int:
+    """Tokens of the smallest program: one in float32, two in 16-bit types and in exact mode.
 
     XLA:CPU converts the whole weight of a one-row 16-bit product: 22 ms instead of 2. In float32 one row takes
     a third of the time of two, but is summed in another order; from two rows up all programs give the same bits.
     """
-    return 1 if dtype == "float32" else 2
+    return 1 if dtype == "float32" and not exact else 2
 
 
 def token_buckets(max_num_batched_tokens: int, max_num_seqs: int, smallest: int) -> tuple[int, ...]:

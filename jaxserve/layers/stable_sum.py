@@ -20,3 +20,12 @@ def stable_sum(x: Float[Array, "... features"]) -> Float[Array, "..."]:
         rows = jnp.pad(rows, ((0, missing), (0, 0)), constant_values=1)
     rows = jax.lax.optimization_barrier(rows)  # what is fused into a reduction is summed as LLVM likes
     return jnp.sum(rows, axis=-1)[:num_rows].reshape(x.shape[:-1])
+
+
+def log_sum_exp(x: Float[Array, "... features"]) -> Float[Array, "..."]:
+    """log of the sum of exp over the last axis; a row's bits are the same beside any number of other rows.
+
+    x must have a finite largest element in each row, or the row's result is not finite.
+    """
+    highest = jnp.max(x, axis=-1)
+    return highest + jnp.log(stable_sum(jnp.exp(x - highest[..., None])))

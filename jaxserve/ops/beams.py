@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.state import BEAM, BEAM_COLUMNS, BeamState, DecodeState, KVCache
 from jaxserve.types import MAX_BEAM_WIDTH
 
@@ -45,7 +46,7 @@ def select_beams(
     row = jnp.minimum(rows, num_rows - 1)
     is_beam = (rows < num_rows) & ((state.sampling.features[row] & BEAM) != 0)
     before = state.beams.scores[row]
-    norm = jax.nn.logsumexp(logits, axis=-1)
+    norm = log_sum_exp(logits)
     stop_ids = state.sampling.stop_ids[row]
     going = logits.at[jnp.arange(len(rows))[:, None], stop_ids].set(-jnp.inf, mode="drop")
     values, ids = likeliest(going, MAX_BEAM_WIDTH)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.models.decoder import logits as compute_logits
 from jaxserve.state import LOGPROB_COLUMNS
 from jaxserve.types import MAX_LOGPROBS, TokenLogprobs
@@ -25,7 +26,7 @@ def pack_logprobs(
     logits: Float[Array, "samples vocab"], tokens: Int[Array, " samples"]
 ) -> Int[Array, "samples columns"]:
     """int32 [S, 42] for the given token of each row."""
-    log_total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    log_total = log_sum_exp(logits)[:, None]
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = jnp.sum(logits >= chosen, axis=-1, keepdims=True, dtype=jnp.int32)
     num_top = min(MAX_LOGPROBS, logits.shape[-1])

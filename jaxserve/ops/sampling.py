@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from jaxserve.layers.stable_sum import stable_sum
 from jaxserve.state import (
     ALLOWED,
     BAD_WORDS,
@@ -108,7 +109,7 @@ def draw_categorical(logits: Float[Array, "samples vocab"], bits: UInt[Array, "s
     p = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     p = jnp.pad(p, ((0, 0), (0, -vocab % _CDF_BLOCK))).reshape(num_rows, -1, _CDF_BLOCK)
     uniforms = _uniforms(bits)
-    block = _invert(p.sum(-1), uniforms[:, 0])
+    block = _invert(stable_sum(p), uniforms[:, 0])
     inside = _invert(jnp.take_along_axis(p, block[:, None, None], axis=1)[:, 0], uniforms[:, 1])
     return (block * _CDF_BLOCK + inside).astype(jnp.int32)
 
@@ -207,7 +208,7 @@ def _truncate(
     no_k = top_k >= x.shape[1]
     base = jnp.maximum(floor, jnp.where(no_k, -jnp.inf, kth))
     kept = jnp.where(values >= base[:, None], jnp.exp(values - values[:, :1]), 0.0)
-    total = jnp.sum(jnp.where(x >= base[:, None], jnp.exp(x - values[:, :1]), 0.0), axis=-1)
+    total = stable_sum(jnp.where(x >= base[:, None], jnp.exp(x - values[:, :1]), 0.0))
     index = jnp.sum(jnp.cumsum(kept, axis=-1) < (top_p * total)[:, None], axis=-1)
     nucleus = jnp.take_along_axis(values, jnp.minimum(index, num_kept - 1)[:, None], axis=-1)[:, 0]
     threshold = jnp.where(top_p < 1, jnp.maximum(base, nucleus), base)
@@ -230,10 +231,10 @@ def _cut_top(x: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     kth = _largest_threshold(keys, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
     p = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
     p = jnp.where(keys >= kth[:, None], p, 0.0)
-    target = top_p * jnp.sum(p, axis=-1)
+    target = top_p * stable_sum(p)
 
     def enough(kept: jax.Array) -> jax.Array:
-        mass = jnp.sum(jnp.where(kept, p, 0.0), axis=-1)
+        mass = stable_sum(jnp.where(kept, p, 0.0))
         return (mass >= target) & (mass > 0)
 
     nucleus = jnp.maximum(_largest_threshold(keys, enough), kth)
