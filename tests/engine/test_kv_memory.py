@@ -326,7 +326,8 @@ def test_an_error_of_one_ends_all_with_one_delta(make_core: Callable, params: An
     core = make_core(params={**params, "embed": params["embed"].at[149].set(jnp.nan)})
     several = SamplingParams(temperature=1.0, seed=2, max_tokens=12, n=4, allowed_token_ids=[20, 21, 22, 149])
     beams = BeamSearchParams(beam_width=3, max_tokens=12)
-    good = (PROMPT, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True))
+    never = {149: -100.0}
+    good = (PROMPT, SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logit_bias=never))
     results = run_all(core, [(PROMPT, several), good, ([149, 5], beams)])
     for deltas in (results[0], results[2]):
         assert [d.finish_reason for d in deltas if d.finish_reason] == ["error"]
