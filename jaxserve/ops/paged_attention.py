@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxserve.layers.stable_sum import stable_sum
+from jaxserve.layers.stable_sum import stable_map, stable_sum
 from jaxserve.state import StepBatch, StepShape
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # highest score so far, sum of exp, weighted values
@@ -239,7 +239,7 @@ def _fold_tile(carry: Carry, scores: jax.Array, weigh: Callable[[jax.Array], jax
     high, total, acc = carry
     new_high = jnp.maximum(high, scores.max(-1))
     p = jnp.exp(scores - new_high[..., None])
-    shrink = jnp.exp(high - new_high)
+    shrink = stable_map(jnp.exp, high - new_high)
     return new_high, total * shrink + stable_sum(p), acc * shrink[..., None] + weigh(p)
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from jaxserve.layers.stable_sum import stable_sum
+from jaxserve.layers.stable_sum import stable_exp, stable_sum
 from jaxserve.state import (
     ALLOWED,
     BAD_WORDS,
@@ -106,7 +106,7 @@ def draw_categorical(logits: Float[Array, "samples vocab"], bits: UInt[Array, "s
     of probability 0 is never drawn. The resolution is 2^-24 at each level.
     """
     num_rows, vocab = logits.shape
-    p = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    p = stable_exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     p = jnp.pad(p, ((0, 0), (0, -vocab % _CDF_BLOCK))).reshape(num_rows, -1, _CDF_BLOCK)
     uniforms = _uniforms(bits)
     block = _invert(stable_sum(p), uniforms[:, 0])
@@ -207,8 +207,8 @@ def _truncate(
     kth = jnp.take_along_axis(values, jnp.minimum(top_k, num_kept)[:, None] - 1, axis=-1)[:, 0]
     no_k = top_k >= x.shape[1]
     base = jnp.maximum(floor, jnp.where(no_k, -jnp.inf, kth))
-    kept = jnp.where(values >= base[:, None], jnp.exp(values - values[:, :1]), 0.0)
-    total = stable_sum(jnp.where(x >= base[:, None], jnp.exp(x - values[:, :1]), 0.0))
+    kept = jnp.where(values >= base[:, None], stable_exp(values - values[:, :1]), 0.0)
+    total = stable_sum(jnp.where(x >= base[:, None], stable_exp(x - values[:, :1]), 0.0))
     index = jnp.sum(jnp.cumsum(kept, axis=-1) < (top_p * total)[:, None], axis=-1)
     nucleus = jnp.take_along_axis(values, jnp.minimum(index, num_kept - 1)[:, None], axis=-1)[:, 0]
     threshold = jnp.where(top_p < 1, jnp.maximum(base, nucleus), base)
@@ -229,7 +229,7 @@ def _cut_top(x: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """
     keys = _ordered(x)
     kth = _largest_threshold(keys, lambda kept: jnp.sum(kept, axis=-1) >= top_k)
-    p = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True))
+    p = stable_exp(x - jnp.max(x, axis=-1, keepdims=True))
     p = jnp.where(keys >= kth[:, None], p, 0.0)
     target = top_p * stable_sum(p)
 

@@ -139,7 +139,7 @@ def _pack(shape: StepShape, decodes: list[Run], chunks: list[Run], tokens: dict[
         offset += length
     for i, (start, length) in enumerate(tiles):
         f["tile_start"][i], f["tile_len"][i] = start, length
-    f["header"][:] = len(decodes), len(tiles), 0
+    f["header"][:] = len(decodes), len(tiles), 0, 1
     return packed
 
 
