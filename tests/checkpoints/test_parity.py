@@ -57,7 +57,9 @@ def chunked_logits(
     shape = step_shape(limits, limits.max_num_batched_tokens)
 
     def step(params: Any, kv: Any, state: Any, packed: Any) -> Any:
-        state, batch = steps._apply_updates(state, unpack(packed, shape))
+        batch = unpack(packed, shape)
+        tables = state.block_tables.at[batch.update_rows, batch.update_cols].set(batch.update_ids, mode="drop")
+        state = replace(state, block_tables=tables)
         hidden, kv = steps._forward(params, kv, state, batch, model, shape, limits.max_model_len)
         return kv, state, logits(params, hidden)
 
