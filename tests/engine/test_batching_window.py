@@ -111,7 +111,7 @@ def engine(model: ModelConfig, params: Any) -> Iterator[AsyncEngine]:
     )
     engine = AsyncEngine(model, params, config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resolve, "token_buckets", lambda max_tokens, max_seqs: (max_tokens,))
+        patch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
         engine.start()
     yield engine
     engine.shutdown()
