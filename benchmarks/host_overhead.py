@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import statistics
 import time
 from collections import Counter
@@ -188,19 +189,18 @@ def add_rows(report: Report, name: str, windows: list[Counter[str]]) -> None:
 
 def measure_core(core: EngineCore, num_rows: int, num_steps: int, num_windows: int, report: Report) -> None:
     """The tables of one number of rows."""
-    alone = Laps()
-    for kind, interval_ms in KINDS.items():
-        core.config = dataclasses.replace(core.config, stream_interval_ms=interval_ms)
-        with replaced_steps(core, lambda shape, executable: instant(executable, core, shape)):
-            name = f"host alone, {num_rows} rows, {kind}"
-            add_rows(report, name, decode(core, alone, num_rows, num_steps, num_windows))
-        core.reset_prefix_cache()  # nothing was computed of what it remembers
-    laps = Laps()
-    for kind, interval_ms in KINDS.items():
-        core.config = dataclasses.replace(core.config, stream_interval_ms=interval_ms)
-        with replaced_steps(core, lambda _, executable: waited_for(executable, laps)):
-            name = f"with the device, {num_rows} rows, {kind}"
-            add_rows(report, name, decode(core, laps, num_rows, num_steps, num_windows))
+    laps, asked = Laps(), core.config
+    for who, (kind, interval_ms) in itertools.product(("host alone", "with the device"), KINDS.items()):
+        core.config = dataclasses.replace(asked, stream_interval_ms=interval_ms)
+
+        def step(shape: Any, executable: Callable[..., Any], is_real: bool = who != "host alone") -> Callable[..., Any]:
+            return waited_for(executable, laps) if is_real else instant(executable, core, shape)
+
+        with replaced_steps(core, step):
+            windows = decode(core, laps, num_rows, num_steps, num_windows)
+        add_rows(report, f"{who}, {num_rows} rows, {kind}", windows)
+        core.reset_prefix_cache()  # nothing was computed of what the host alone remembers
+    core.config = asked
 
 
 def measure_server(tokenizer: Tokenizer, num_tokens: int, report: Report) -> None:

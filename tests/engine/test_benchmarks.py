@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 import jaxserve.llm
 from benchmarks import offline, peers, serve
-from benchmarks.host_overhead import HOST, Laps, measure_core, measure_server
+from benchmarks.host_overhead import HOST, KINDS, Laps, measure_core, measure_server
 from benchmarks.offline_run import our_command, run_elsewhere, run_set
 from benchmarks.report import Report
 from benchmarks.stream_client import StreamClient, StreamResult
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path:
 @pytest.fixture
 def llm(folder: Path, core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> LLM:
     """The shared engine, compiled already, behind the facade and with the folder's tokenizer."""
-    monkeypatch.setattr(jaxserve.llm, "EngineCore", lambda *_: core)
+    monkeypatch.setattr(jaxserve.llm, "EngineCore", lambda *_, **__: core)
     return LLM(str(folder))
 
 
@@ -115,13 +116,14 @@ def test_host_overhead_covers_every_phase_and_leaves_the_engine_as_it_was(core: 
     report, plan, steps = Report("test"), core.scheduler.plan, core.runner.compiled
     measure_core(core, num_rows=4, num_steps=4, num_windows=3, report=report)
     found = values(report)
-    for table in ("host alone, 4 rows", "with the device, 4 rows"):
+    for who, kind in itertools.product(("host alone", "with the device"), KINDS):
+        table = f"{who}, 4 rows, {kind}"
         phases = [found[f"{table}: {phase}"] for phase in HOST]
         assert min(phases) >= 0
         assert max(phases) <= found[f"{table}: host, a token step"] * 2
         assert found[f"{table}: host, quickest window"] <= found[f"{table}: host, a token step"]
-    assert found["with the device, 4 rows: device, a token step"] > 0
-    assert "host alone, 4 rows: device, a token step" not in found
+    assert found["with the device, 4 rows, loops: device, a token step"] > 0
+    assert "host alone, 4 rows, loops: device, a token step" not in found
     assert (core.scheduler.plan, core.runner.compiled) == (plan, steps)
 
 
