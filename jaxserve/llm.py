@@ -69,11 +69,12 @@ class LLM:
         self._tokenizer = Tokenizer.from_folder(folder)
         self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)
         try:
-            config.setdefault("stream_interval_ms", math.inf)  # nobody reads before the end
             engine_config = EngineConfig(**config)
         except TypeError as error:
             fields = ", ".join(EngineConfig.__dataclass_fields__)
             raise ConfigError(f"LLM does not know one of {sorted(config)}. It knows: {fields}.") from error
+        if "stream_interval_ms" not in config:  # nobody reads before the end
+            engine_config = replace(engine_config, stream_interval_ms=math.inf)
         progress = _CompileProgress()
         try:
             self._core = EngineCore(loaded.config, loaded.params, engine_config, on_progress=progress)

@@ -184,6 +184,10 @@ class KVMemory:
         ids, evicted = self.pool.allocate(count)
         if len(evicted):
             self.index.forget(evicted)
+            orphans = self.index.orphans_of(evicted)
+            if len(orphans):
+                self.index.forget(orphans)
+                self.pool.drop(orphans)
         return ids
 
     def check_integrity(self, saved: Iterable[np.ndarray]) -> None:

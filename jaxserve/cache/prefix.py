@@ -38,6 +38,7 @@ class PrefixIndex:
         self._block_of_key: dict[bytes, int] = {}
         self._key_of_block: list[bytes | None] = [None] * num_blocks
         self._prefix_of_block: list[bytes] = [b""] * num_blocks  # its node: what its children's keys begin with
+        self._num_children: dict[bytes, int] = {}  # by node; nodes without children are not in it
         self._num_nodes = 0  # given so far
 
     def __len__(self) -> int:
@@ -102,6 +103,8 @@ class PrefixIndex:
         assert self._key_of_block[block] is None, f"block {block} has another content in the index"
         self._block_of_key[key] = block
         self._key_of_block[block] = key
+        parent = key[: _NODE.size]
+        self._num_children[parent] = self._num_children.get(parent, 0) + 1
         self._num_nodes += 1
         self._prefix_of_block[block] = _NODE.pack(self._num_nodes)
 
@@ -112,6 +115,22 @@ class PrefixIndex:
             assert key is not None, f"block {block} is not in the index"
             del self._block_of_key[key]
             self._key_of_block[block] = None
+            parent = key[: _NODE.size]
+            num_left = self._num_children.pop(parent) - 1
+            if num_left:
+                self._num_children[parent] = num_left
+
+    def orphans_of(self, blocks: np.ndarray) -> np.ndarray:
+        """intp[n]: what is left of the continuations of blocks that have just been taken out.
+
+        A row can hold a block without the one that the index has before it: siblings share a block that one of them
+        entered after another's copy of the block before.
+        """
+        lost = {self._prefix_of_block[block] for block in blocks.tolist()} & self._num_children.keys()
+        if not lost:
+            return np.empty(0, np.intp)
+        found = [block for key, block in self._block_of_key.items() if key[: _NODE.size] in lost]
+        return self.with_descendants(np.array(found, np.intp))
 
     def with_descendants(self, blocks: np.ndarray) -> np.ndarray:
         """intp[n]: those of the blocks that are in the index, and all that continue them, ascending.
