@@ -137,3 +137,17 @@ def test_integrity_sees_an_orphan() -> None:
     index.forget(tokens(4))
     with pytest.raises(AssertionError, match="lost its parent"):
         index.check_integrity()
+
+
+def test_what_continues_a_block_that_is_taken_out_is_found() -> None:
+    """Siblings share block 2; one enters it behind block 1, which another request has computed, and lets that one go."""
+    index = PrefixIndex(8, 2)
+    tokens = np.arange(8, dtype=np.int32)
+    assert index.enter(tokens, [1, 2, 3, 4], 0, b"") == [1, 2, 3, 4]
+    assert index.enter(np.array([0, 1, 9, 9], np.int32), [1, 5], 1, b"") == [5]
+    index.forget(np.array([1]))
+    assert index.orphans_of(np.array([1])).tolist() == [2, 3, 4, 5]
+    index.forget(np.array([2, 3, 4, 5]))
+    assert index.orphans_of(np.array([2])).tolist() == []
+    index.check_integrity()
+    assert len(index) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,10 @@ def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path)
 class QuickEngine:
     """Is ready at once."""
 
-    limits = SimpleNamespace(num_kv_tokens=64, max_model_len=64, max_concurrency=1.0, num_swap_blocks=0, num_blocks=5)
+    limits = SimpleNamespace(
+        **{"num_kv_tokens": 64, "max_model_len": 64, "max_concurrency": 1.0, "num_swap_blocks": 0, "num_blocks": 5},
+        **{"kv_dtype": "bfloat16", "kv_tile": 64, "q_tile": 64, "exact": True},
+    )
     kv_bytes, init_s = 1024, 0.5
 
     def __init__(self, model: Any, params: Any, config: EngineConfig) -> None:
@@ -51,7 +55,7 @@ def test_one_process_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     engine, limits, fingerprint = launch.finish()
     assert isinstance(engine, QuickEngine)
     assert (engine.given[0], engine.given[2].max_num_seqs, limits) == (model.config, 3, QuickEngine.limits)
-    assert fingerprint.startswith("jaxserve-")
+    assert re.fullmatch(r"jaxserve-[0-9.]+-exact-[0-9a-f]{8}", fingerprint)
     launch.abandon()
 
 
