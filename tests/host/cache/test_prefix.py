@@ -140,7 +140,7 @@ def test_integrity_sees_an_orphan() -> None:
 
 
 def test_what_continues_a_block_that_is_taken_out_is_found() -> None:
-    """Siblings share block 2; one enters it behind block 1, which another request has computed, and lets that one go."""
+    """Siblings share block 2; one enters it behind block 1, which is another request's, and lets that one go."""
     index = PrefixIndex(8, 2)
     tokens = np.arange(8, dtype=np.int32)
     assert index.enter(tokens, [1, 2, 3, 4], 0, b"") == [1, 2, 3, 4]
