@@ -234,7 +234,8 @@ def test_a_client_that_leaves_ends_all_choices_of_its_request(server: Server) ->
                 indices.add(httpx.Response(200, content=line[6:]).json()["choices"][0]["index"])
             if len(indices) == 8:
                 break
-    server.wait_until_idle()
+    assert indices == set(range(8)), "the answer ended before all choices had begun"
+    server.wait_until_idle()  # fails if anything runs on
 
 
 def test_errors_reach_the_client_as_its_own_classes(client: openai.OpenAI) -> None:

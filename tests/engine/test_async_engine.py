@@ -215,6 +215,8 @@ def test_leaving_a_request_of_several_continuations_frees_them_all(engine: Async
         await until_idle(engine)
 
     asyncio.run(run())
+    stats = engine.stats()
+    assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, stats.num_blocks)
 
 
 def test_one_continuation_is_stopped_and_the_others_go_on(engine: AsyncEngine) -> None:
