@@ -65,7 +65,7 @@ def read_config(folder: Path, manifest: Manifest, dtype: str) -> ModelConfig:
     """The configuration, in the dtype that the arrays were converted to.
 
     Raises:
-        ConfigError: another dtype is asked for: layouts differ between dtypes, so it is converted, not cast.
+        ConfigError: another dtype is asked for: what is served is what was checked, so it is converted, not cast.
     """
     if dtype not in ("auto", manifest.dtype):
         raise ConfigError(

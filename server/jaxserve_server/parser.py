@@ -202,32 +202,32 @@ def share(text: str) -> float:
     return value
 
 
-def gibibytes(text: str) -> float:
+def number(text: str, high: float) -> float:
+    """A number from 0 to `high`; -1 for what is none or lies beyond."""
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
+        return -1.0
+    return value if 0.0 <= value <= high else -1.0
+
+
+def gibibytes(text: str) -> float:
+    value = number(text, 2**20)
     if not 0.0 <= value < 2**20:
         raise argparse.ArgumentTypeError(f"expected a number of GiB from 0 to 1048576, such as 4 or 0.5, got {text!r}")
     return value
 
 
 def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 86_400.0:
+    value = number(text, 86_400.0)
+    if value < 0:
         raise argparse.ArgumentTypeError(f"expected 0 to 86400 seconds, got {text!r}")
     return value
 
 
 def milliseconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 <= value <= 10_000.0:
+    value = number(text, 10_000.0)
+    if value < 0:
         raise argparse.ArgumentTypeError(f"expected 0 to 10000 milliseconds, got {text!r}")
     return value
 
