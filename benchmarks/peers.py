@@ -1,17 +1,19 @@
-"""How many times as fast as transformers are we, and are the answers the same?
+"""How many times as fast as transformers and llama.cpp are we, and are the answers the same?
 
     python -m benchmarks.peers --model FOLDER --peer-python PATH [--dtypes float32,bfloat16] [--rounds 3] [--quick]
 
-PATH is a Python that has torch and transformers 5 (and psutil, which its continuous batching wants on a CPU); without
-one only we run. Each engine runs in a process of its own on all cores, one after the other, round by round, on the same
-folder, token ids and output lengths (`benchmarks.workload.request_set` says which). A ratio is ours over the best
-peer's of the same round; rows are medians of the rounds. Loading and compiling are not counted, of anybody.
+PATH is a Python that has torch and transformers 5 (and psutil, which its continuous batching wants on a CPU), and
+llama-cpp-python with gguf for llama.cpp, too; without one only we run. Each engine runs in a process of its own on all
+cores, one after the other, round by round, on the same folder, token ids and output lengths
+(`benchmarks.workload.request_set` says which). A ratio is ours over llama.cpp's, or over the best of transformers'
+ways, of the same round; rows are medians of the rounds. Loading and compiling are not counted, of anybody.
 
 In float32 the greedy answers of the batch are compared token by token; where one differs, the place is printed with how
 close the two likeliest tokens of that request ever were: under 1e-4 of a unit, rounding decides and neither is wrong.
+llama.cpp's are not compared: its cache is float16 whatever the weights are.
 
-`scripts/make_model_folder.py` makes folders. In the shape of SmolLM2-135M, the rows also compare with what llama.cpp
-and EasyDeL's eSurge made of it on another machine; neither is run here.
+`scripts/make_model_folder.py` makes folders. In the shape of SmolLM2-135M, the rows also compare with what engines that
+are not run here made of it on another machine.
 """
 
 from __future__ import annotations
@@ -32,7 +34,13 @@ from jaxserve.text.tokenizer import Tokenizer
 from jaxserve_checkpoints.source import resolve
 
 US = "ours"
-FLOORS = {"batch": ">= 2", "long": ">= 1"}  # against transformers; of the other sets others are the bar
+TRANSFORMERS, LLAMA_CPP = "transformers", "llama.cpp"
+FLOORS = {
+    (TRANSFORMERS, "batch"): ">= 2",
+    (TRANSFORMERS, "long"): ">= 1",
+    (LLAMA_CPP, "batch"): ">= 1",
+    (LLAMA_CPP, "stream"): ">= 0.6",
+}
 Answers = dict[str, list[dict[str, Any]]]  # engine -> one answer a round
 
 
@@ -49,13 +57,17 @@ def peer_commands(python: str | None, folder: Path, dtype: str, static_sizes: Se
     """Name -> command of every peer that can run; says which cannot."""
     if python is None:
         return {}
-    found = modules_of(python, ("torch", "transformers", "psutil"))
+    found = modules_of(python, ("torch", "transformers", "psutil", "llama_cpp", "gguf", "safetensors"))
     if not {"torch", "transformers"} <= found:
         raise SystemExit(f"--peer-python: {python!r} lacks torch or transformers. Install both there.")
-    command = [python, "-P", str(ROOT / "scripts" / "transformers_run.py"), "--model", str(folder), "--dtype", dtype]
-    peers = {f"static {size}": [*command, "--mode", "static", "--batch-size", str(size)] for size in static_sizes}
+    of = ["--model", str(folder), "--dtype", dtype]
+    command = [python, "-P", str(ROOT / "scripts" / "transformers_run.py"), *of]
+    static = {size: [*command, "--mode", "static", "--batch-size", str(size)] for size in static_sizes}
+    peers = {f"{TRANSFORMERS} static {size}": command for size, command in static.items()}
     if "psutil" in found:
-        peers["continuous"] = [*command, "--mode", "continuous"]
+        peers[f"{TRANSFORMERS} continuous"] = [*command, "--mode", "continuous"]
+    if {"llama_cpp", "gguf", "safetensors"} <= found:
+        peers[LLAMA_CPP] = [python, "-P", str(ROOT / "scripts" / "llama_cpp_run.py"), *of]
     return peers
 
 
@@ -67,7 +79,7 @@ def run_rounds(commands: Mapping[str, list[str]], sets: Sequence[RequestSet], ro
         for engine, command in commands.items():
             if engine in failed:
                 continue
-            extra = ["--gaps"] if number == 0 and "float32" in command and engine.startswith("static") else []
+            extra = ["--gaps"] if number == 0 and "float32" in command and "static" in engine else []
             try:
                 answers[engine].append(run_elsewhere([*command, *extra], sets))
             except RuntimeError as error:
@@ -86,12 +98,12 @@ def add_rates(report: Report, dtype: str, requests: RequestSet, answers: Answers
         for engine, found in answers.items()
     }
     for engine, values in rates.items():
-        whose = engine if engine == US else f"transformers {engine}"
-        report.add(f"{name}: {requests.rate_name}, {whose}", statistics.median(values), "tok/s")
-    best = [max(values) for values in zip(*(rates[peer] for peer in rates if peer != US), strict=True)]
-    if best:
-        ratio = statistics.median(own / peer for own, peer in zip(rates[US], best, strict=True))
-        report.add(f"{name}: ours ÷ the best of these", ratio, "", FLOORS.get(requests.name))
+        report.add(f"{name}: {requests.rate_name}, {engine}", statistics.median(values), "tok/s")
+    for family in (TRANSFORMERS, LLAMA_CPP):
+        best = [max(values) for values in zip(*(rates[peer] for peer in rates if peer.startswith(family)), strict=True)]
+        if best:
+            ratio = statistics.median(own / peer for own, peer in zip(rates[US], best, strict=True))
+            report.add(f"{name}: ours ÷ {family}'s", ratio, "", FLOORS.get((family, requests.name)))
     return statistics.median(rates[US])
 
 
@@ -100,11 +112,11 @@ def add_agreement(report: Report, answers: Answers) -> None:
     own = answers[US][0]["runs"]["batch"]["token_ids"]
     gaps = next((f[0]["runs"]["batch"]["gaps"] for f in answers.values() if "gaps" in f[0]["runs"]["batch"]), None)
     for peer, found in answers.items():
-        if peer == US:
+        if not peer.startswith(TRANSFORMERS):
             continue
         theirs = found[0]["runs"]["batch"]["token_ids"]
         differing = [index for index, pair in enumerate(zip(own, theirs, strict=True)) if pair[0] != pair[1]]
-        row = f"float32, batch: greedy answers equal to transformers {peer}'s"
+        row = f"float32, batch: greedy answers equal to {peer}'s"
         report.add(row, len(own) - len(differing), f"of {len(own)}", f"{len(own)}")
         for index in differing:
             at = next(i for i, (a, b) in enumerate(zip(own[index], theirs[index], strict=True)) if a != b)
@@ -115,7 +127,7 @@ def add_agreement(report: Report, answers: Answers) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="How many times as fast as transformers are we?")
+    parser = argparse.ArgumentParser(description="How many times as fast as transformers and llama.cpp are we?")
     parser.add_argument("--model", required=True, help="a folder in Hugging Face form")
     parser.add_argument("--peer-python", help="a Python that has torch and transformers; without: ours alone")
     parser.add_argument("--dtypes", default="float32,bfloat16")
@@ -159,6 +171,7 @@ def main() -> None:
         for requests in sets:
             rate = add_rates(report, dtype, requests, answers)
             known = known_peers(folder, dtype, requests, quick=args.quick)
+            known = tuple(peer for peer in known if not any(engine.startswith(peer.engine) for engine in answers))
             add_known(report, f"{dtype}, {requests.name}: {requests.rate_name}", rate, known)
         if dtype == "float32" and "batch" in args.workloads.split(","):
             add_agreement(report, answers)

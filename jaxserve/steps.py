@@ -18,7 +18,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.models.decoder import forward, logits
 from jaxserve.ops.beams import no_beams, select_beams
 from jaxserve.ops.logprobs import pack_logprobs, pack_prompt_logprobs
-from jaxserve.ops.paged_attention import paged_attention, write_kv
+from jaxserve.ops.paged_attention import decode_order, paged_attention, write_kv
 from jaxserve.ops.sampling import sample
 from jaxserve.state import (
     BEAM,
@@ -176,12 +176,13 @@ def _forward(
     max_model_len: int,
 ) -> tuple[jax.Array, KVCache]:
     slots = _slots(state, batch, shape, kv.layers[0].shape[0])
+    order = decode_order(state.block_tables, batch, shape)
 
     def attend(
         window: int | None, cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         cache = write_kv(cache, k, v, slots, kv.dtype)
-        out = paged_attention(q, cache, state.block_tables, batch, shape, dtype=kv.dtype, window=window)
+        out = paged_attention(q, cache, state.block_tables, batch, shape, dtype=kv.dtype, window=window, order=order)
         return out, cache
 
     hidden, layers = forward(

@@ -5,14 +5,14 @@ FlashAttention, arXiv:2205.14135 §3.1), with dynamic trip counts, so that one p
 context length. Key tiles are anchored at absolute position 0: how a sequence was cut into chunks does
 not move them. A tile that is wholly masked for a row leaves that row's bits as they were.
 
-Tiles of 64 keys keep the gathered copy in the CPU's cache: one decode step's attention of 64 rows at
-context 224 (3 kv heads, 9 query heads, head_dim 64, float32, two cores) took 2.2 ms with tiles of 64,
-8.6 ms with 128 and 27 ms over the whole context at once.
+Tiles and groups of rows keep the gathered copy in the CPU's cache, 1,024 keys at once: `docs/architecture.md` has
+the figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,26 @@ from jaxserve.layers.stable_sum import stable_map, stable_sum
 from jaxserve.state import StepBatch, StepShape
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # highest score so far, sum of exp, weighted values
-_DECODE_GROUP = 16  # rows; nearly as fast a row as 64 at once, and short contexts do not wait for long ones
+_GROUP_KEYS = 1024  # of a tile, of all rows of a group: their copy stays in the cache, and short rows wait for few long
 _FEW_QUERIES = 16  # so few share a copy of a tile that they use it as it is, keys beside values
 _WIDE_PRODUCT = 16_384  # columns x keys of a product; XLA:CPU sums some larger ones in another order (65,536)
 _COLUMNS = 64  # XLA:CPU's float32 product chooses its kernel, and order, by rows where columns are no multiple
 _FLOOR = -1e30  # the running maximum before any key: finite, so that exp(-inf - floor) is 0 and not NaN
+
+
+class DecodeOrder(NamedTuple):
+    """Decoding rows by length, padded to whole groups.
+
+    Attributes:
+        order, inverse: which row of the stream is where, and back; None where one group holds all, as they are.
+        lengths: [padded] keys; 0 of rows that do not decode.
+        tables: [padded, M] blocks.
+    """
+
+    order: Int[Array, " padded"] | None
+    inverse: Int[Array, " padded"] | None
+    lengths: Int[Array, " padded"]
+    tables: Int[Array, "padded blocks"]
 
 
 def write_kv(
@@ -57,6 +72,7 @@ def paged_attention(
     *,
     dtype: str,
     window: int | None,
+    order: DecodeOrder | None = None,
 ) -> Float[Array, "tokens kv_heads groups head_dim"]:
     """softmax(q k^T) v for every token over its own sequence up to itself. q is already scaled.
 
@@ -64,8 +80,10 @@ def paged_attention(
         cache: [P, C, K, 2H] as `state.KVCache` stores it; holds this step's keys and values already.
         dtype: what the cache's bits mean.
         window: how many positions, itself included, a token looks back over; None for all.
+        order: `decode_order`'s, which is the same in all layers.
     """
-    out = _attend_decode(q[: shape.num_samples], cache, block_tables, batch, shape, dtype, window)
+    order = decode_order(block_tables, batch, shape) if order is None else order
+    out = _attend_decode(q[: shape.num_samples], cache, batch, order, shape, dtype, window)
     padded = jnp.zeros((shape.num_tokens + shape.q_tile, *q.shape[1:]), jnp.float32)
     padded = jax.lax.dynamic_update_slice(padded, out, (0, 0, 0, 0))
     # Decode outputs past num_decode are of prefill tokens and wrong; the tiles overwrite them.
@@ -105,36 +123,49 @@ def _product_dtype(dtype: str) -> jnp.dtype:
     return jnp.dtype(dtype if dtype == "bfloat16" else "float32")
 
 
+def decode_order(block_tables: Int[Array, "rows blocks"], batch: StepBatch, shape: StepShape) -> DecodeOrder:
+    """What decoding rows share in all layers."""
+    num_rows = shape.num_samples
+    group = _decode_group(shape)
+    pad = -num_rows % group
+    is_decode = jnp.arange(num_rows) < batch.num_decode
+    lengths = jnp.pad(jnp.where(is_decode, batch.positions[:num_rows] + 1, 0), (0, pad))
+    rows = jnp.minimum(jnp.pad(batch.rows[:num_rows], (0, pad)), shape.max_rows - 1)
+    if num_rows <= group:
+        return DecodeOrder(None, None, lengths, block_tables[rows])
+    order = jnp.argsort(lengths)  # rows that do not decode come first and are skipped by whole groups
+    return DecodeOrder(order, jnp.argsort(order), lengths[order], block_tables[rows[order]])
+
+
+def _decode_group(shape: StepShape) -> int:
+    return min(max(_GROUP_KEYS // shape.kv_tile, 1), shape.num_samples)
+
+
 def _attend_decode(
     q: jax.Array,
     cache: jax.Array,
-    block_tables: jax.Array,
     batch: StepBatch,
+    order: DecodeOrder,
     shape: StepShape,
     dtype: str,
     window: int | None,
 ) -> jax.Array:
-    """One query a row, in groups of 16 rows of similar length, each group up to its own longest context."""
-    num_rows = q.shape[0]
-    group = min(_DECODE_GROUP, num_rows)
-    pad = -num_rows % group
-    is_decode = jnp.arange(num_rows) < batch.num_decode
-    lengths = jnp.pad(jnp.where(is_decode, batch.positions[:num_rows] + 1, 0), (0, pad))
-    order = jnp.argsort(lengths)  # rows that do not decode come first and are skipped by whole groups
-    rows = jnp.minimum(jnp.pad(batch.rows[:num_rows], (0, pad)), shape.max_rows - 1)[order]
-    q, lengths = jnp.pad(q, ((0, pad), (0, 0), (0, 0), (0, 0)))[order], lengths[order]
-    tables = block_tables[rows]
+    """One query a row, in groups of rows of similar length, each group up to its own longest context."""
+    group, num_rows, num_padded = _decode_group(shape), q.shape[0], len(order.lengths)
+    if order.order is None:  # one group
+        keys = order.lengths
+        return _attend_tiles(q, keys[:, None] - 1, keys, cache, order.tables, shape, dtype, window)
+    q = jnp.pad(q, ((0, num_padded - num_rows), (0, 0), (0, 0), (0, 0)))[order.order]
 
     def attend_group(index: jax.Array, out: jax.Array) -> jax.Array:
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, index * group, group)  # noqa: E731
-        keys = part(lengths)
-        acc = _attend_tiles(part(q), keys[:, None] - 1, keys, cache, part(tables), shape, dtype, window)
+        keys = part(order.lengths)
+        acc = _attend_tiles(part(q), keys[:, None] - 1, keys, cache, part(order.tables), shape, dtype, window)
         return jax.lax.dynamic_update_slice_in_dim(out, acc, index * group, axis=0)
 
-    num_groups = (num_rows + pad) // group
-    first = (num_rows + pad - batch.num_decode) // group
-    out = jax.lax.fori_loop(first, num_groups, attend_group, jnp.zeros(q.shape, jnp.float32))
-    return out[jnp.argsort(order)][:num_rows]
+    first = (num_padded - batch.num_decode) // group
+    out = jax.lax.fori_loop(first, num_padded // group, attend_group, jnp.zeros(q.shape, jnp.float32))
+    return out[order.inverse][:num_rows]
 
 
 def _attend_prefill(

@@ -136,15 +136,17 @@ def test_host_overhead_of_the_server_is_of_tokens_with_text(folder: Path) -> Non
 
 def test_peers_are_compared_round_by_round_with_the_best(fake: Callable[..., list[str]]) -> None:
     sets = [request_set(name, VOCABULARY, quick=True) for name in ("batch", "long")]
-    commands = {"ours": fake(2.0), "static 16": fake(6.0), "continuous": fake(4.0), "broken": fake(1.0, "--fails")}
-    answers = peers.run_rounds(commands, sets, rounds=2)
-    assert {engine: len(found) for engine, found in answers.items()} == {"ours": 2, "static 16": 2, "continuous": 2}
+    static, continuous = "transformers static 16", "transformers continuous"
+    commands = {"ours": fake(2.0), static: fake(6.0), continuous: fake(4.0), "llama.cpp": fake(1.0)}
+    answers = peers.run_rounds(commands | {"broken": fake(1.0, "--fails")}, sets, rounds=2)
+    assert {engine: len(found) for engine, found in answers.items()} == dict.fromkeys(commands, 2)
     report = Report("test")
     rate = peers.add_rates(report, "float32", sets[0], answers)
     peers.add_rates(report, "float32", sets[1], answers)
     found = values(report)
     assert rate == found["float32, batch: output, ours"] == sets[0].num_output_tokens / 2
-    assert found["float32, batch: ours ÷ the best of these"] == 2
+    assert found["float32, batch: ours ÷ transformers's"] == 2
+    assert found["float32, batch: ours ÷ llama.cpp's"] == 0.5
     assert found["float32, long: total, transformers static 16"] == (4 * (96 + 2)) / 6
 
 
@@ -152,13 +154,17 @@ def test_a_greedy_answer_that_differs_is_counted_and_placed(
     fake: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     sets = [request_set("batch", VOCABULARY, quick=True)]
-    commands = {"ours": fake(1.0), "static 16": fake(1.0, "--gaps"), "continuous": fake(1.0, "--wrong", "3")}
+    static, continuous = fake(1.0, "--gaps"), fake(1.0, "--wrong", "3")
+    commands = {"ours": fake(1.0), "transformers static 16": static, "transformers continuous": continuous}
+    commands["llama.cpp"] = fake(1.0, "--wrong", "2")  # whose cache is float16
     report = Report("test")
     peers.add_agreement(report, peers.run_rounds(commands, sets, rounds=1))
     found = {row.name.rpartition(" ")[2]: (row.value, row.target) for row in report.rows}
     assert found["16's"] == (8, "8")
     assert found["continuous's"] == (7, "8")
-    assert "continuous: request 3 differs from output token 7 on; smallest gap" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "continuous: request 3 differs from output token 7 on; smallest gap" in printed
+    assert "request 2" not in printed
 
 
 def test_peers_without_another_python_measures_us_and_says_so(
