@@ -7,8 +7,8 @@ bfloat16 weights). Greedy, to a fixed length whatever the tokens are, on every c
 first, its matrices in the given type; families with the Llama layout alone, without biases or scaled rope.
 
 The requests run as a batching server runs them: each step decodes every running sequence and fills up with the
-prompts that wait, up to `--num-batched-tokens`. Of cache layouts and attention kernels the defaults are taken; a
-sequence has its own stream of the cache, which was the faster one at 64 sequences.
+prompts that wait, up to `--num-batched-tokens`. Of cache layouts, cache types (float16) and attention kernels the
+defaults are taken.
 """
 
 from __future__ import annotations
@@ -165,7 +165,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "model.gguf"
         config = write_gguf(args.model, args.dtype, path)
-        start = time.perf_counter()
         load_s = 0.0
         for each in sets:
             prompts, output_tokens = each["prompts"], each["output_tokens"]

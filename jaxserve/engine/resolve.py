@@ -11,7 +11,7 @@ from jaxserve.config import DTYPE_BYTES, DType, EngineConfig, EngineLimits, Mode
 from jaxserve.errors import ConfigError
 
 GIB = 2**30
-KV_TILE = 128  # of 64, 64 rows at context 64 to 256 take an eighth more time, a chunk of 256 at 1,792 two fifths
+KV_TILE = 128  # of 64, 64 rows at context 64 to 256 take a tenth more time, a chunk of 256 at 1,792 two fifths
 CPU_KV_BYTES = 4 * GIB  # default pool on a CPU, where "the device's memory" is everybody's
 MAX_SWAP_BYTES = 64 * 2**20  # one gather to host memory: its copy stands on the device until it has arrived
 

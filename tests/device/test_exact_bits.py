@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from jaxserve.config import ModelConfig
+from jaxserve.engine.resolve import KV_TILE
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.stable_sum import stable_sum
 from jaxserve.models.decoder import forward
@@ -204,12 +205,17 @@ def test_a_row_s_sum_is_the_same_beside_any_number_of_rows(width: int) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kv_heads", "groups", "head_dim"), [(3, 3, 64), (1, 8, 80), (2, 1, 128)])
-def test_a_decode_row_attends_as_a_chunk_does(kv_heads: int, groups: int, head_dim: int, dtype: str) -> None:
-    """At the served tile sizes, for the last query of every length."""
+@pytest.mark.parametrize("kv_tile", [KV_TILE, 2 * KV_TILE], ids=["short", "long"])
+def test_a_decode_row_attends_as_a_chunk_does(
+    kv_tile: int, kv_heads: int, groups: int, head_dim: int, dtype: str
+) -> None:
+    """At the served tile sizes, across a tile's edge."""
     rng = np.random.default_rng(4)
-    shape = StepShape(128, ROWS, 16, 16, q_tile=128, kv_tile=64)
-    cache = jnp.asarray(rng.normal(size=(ROWS * 16 + 1, 16, kv_heads, 2 * head_dim)), dtype)
-    tables = jnp.asarray(rng.permutation(np.arange(1, ROWS * 16 + 1)).reshape(ROWS, 16), jnp.int32)
+    num_blocks, start = 3 * kv_tile // 16, kv_tile - 28
+    shape = StepShape(128, ROWS, num_blocks, 16, q_tile=128, kv_tile=kv_tile)
+    cache = jnp.asarray(rng.normal(size=(ROWS * num_blocks + 1, 16, kv_heads, 2 * head_dim)), dtype)
+    order = rng.permutation(np.arange(1, ROWS * num_blocks + 1))
+    tables = jnp.asarray(order.reshape(ROWS, num_blocks), jnp.int32)
     q = jnp.asarray(rng.normal(size=(128, kv_heads, groups, head_dim)), jnp.float32)
     attend = jax.jit(partial(paged_attention, dtype=dtype, window=None), static_argnames="shape")
 
@@ -217,9 +223,9 @@ def test_a_decode_row_attends_as_a_chunk_does(kv_heads: int, groups: int, head_d
         batch = unpack(jnp.asarray(_pack(shape, decodes, chunks, {})), shape)
         return np.asarray(attend(q, cache, tables, batch, shape))
 
-    chunk = run(shape, q, [], [(2, 100, 128)])
+    chunk = run(shape, q, [], [(2, start, 128)])
     for bucket in (2, 64):
-        small = StepShape(bucket, ROWS, 16, 16, q_tile=bucket, kv_tile=64)
+        small = StepShape(bucket, ROWS, num_blocks, 16, q_tile=bucket, kv_tile=kv_tile)
         for offset in (0, 27, 28, 91, 92, 127):
-            one = run(small, jnp.roll(q, -offset, 0)[:bucket], [(2, 100 + offset, 1)], [])
+            one = run(small, jnp.roll(q, -offset, 0)[:bucket], [(2, start + offset, 1)], [])
             np.testing.assert_array_equal(one[0], chunk[offset])

@@ -29,7 +29,7 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.types import Delta, SamplingParams
 
 NUM_SCHEDULES = int(os.environ.get("JAXSERVE_EXACT_SCHEDULES", "200"))
-MAX_LEN = 176  # more than two tiles of keys
+MAX_LEN = 304  # more than two tiles of keys, which `make_cards` asserts
 NUM_ROWS, NUM_TOKENS, BLOCK_SIZE = 8, 32, 8
 VOCAB_SIZE = 512
 
@@ -87,7 +87,7 @@ def bits(delta: Delta) -> list[tuple[int, bytes]]:
 def make_cards(core: EngineCore) -> list[Card]:
     """Twelve requests, most of which begin alike, and their answers alone on a cold cache."""
     rng = np.random.default_rng(7)
-    shared = rng.integers(4, VOCAB_SIZE, 90).tolist()
+    shared = rng.integers(4, VOCAB_SIZE, 200).tolist()
     kinds: list[dict[str, Any]] = [
         {"temperature": 0.0},
         {"temperature": 1.0},
@@ -98,7 +98,7 @@ def make_cards(core: EngineCore) -> list[Card]:
     ]
     cards = []
     for index in range(12):
-        prompt = shared[: int(rng.integers(1, 70))] + rng.integers(4, VOCAB_SIZE, int(rng.integers(1, 40))).tolist()
+        prompt = shared[: int(rng.integers(1, 190))] + rng.integers(4, VOCAB_SIZE, int(rng.integers(1, 60))).tolist()
         kind = kinds[index % len(kinds)]
         params = SamplingParams(**kind, seed=index, max_tokens=int(rng.integers(12, 49)), logprobs=3)
         core.reset_prefix_cache()
@@ -108,6 +108,8 @@ def make_cards(core: EngineCore) -> list[Card]:
             for _, delta in core.step():
                 answers[delta.index] += bits(delta)
         cards.append(Card(prompt, params, answers))
+    tiles = {-(-(len(card.prompt) + len(card.answers[0])) // core.limits.kv_tile) for card in cards}
+    assert {1, 2} < tiles, f"contexts of {sorted(tiles)} tiles of keys: some must fill one, some two, some more"
     return cards
 
 

@@ -36,6 +36,8 @@ class _Sequence:
 class KVMachine(RuleBasedStateMachine):
     """Rows are sequences; `device` and `host` are dictionaries of what was written where."""
 
+    num_compared = 0  # blocks, over all histories of a run
+
     @initialize(
         size=st.sampled_from([1, 2, 3]),
         num_blocks=st.integers(4, 14),
@@ -245,6 +247,7 @@ class KVMachine(RuleBasedStateMachine):
             held = [self.device[block] for block in memory.table.row(row).tolist()]
             for (salt, tokens), (_, own) in zip(held, self._contents(sequence), strict=True):
                 assert (salt, tokens[: len(own)]) == (sequence.salt, own), f"row {row} reads another's block"
+                KVMachine.num_compared += 1
         for sequence in self.saved:
             stored = [self.host[slot] for slot in sequence.slots.tolist()]
             for (salt, tokens), (_, own) in zip(stored, self._contents(sequence), strict=True):
@@ -253,4 +256,6 @@ class KVMachine(RuleBasedStateMachine):
 
 def test_any_order_of_moves() -> None:
     budget = settings(max_examples=120, stateful_step_count=40, deadline=None)
+    KVMachine.num_compared = 0
     run_state_machine_as_test(KVMachine, settings=budget)
+    assert KVMachine.num_compared > 1000, "blocks compared with what their rows wrote, in all histories"

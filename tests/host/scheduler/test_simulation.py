@@ -90,6 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     """Any order of operations; hypothesis looks for one that breaks an invariant or an output."""
 
     echo_module = None
+    num_compared = 0  # over all histories of a run
 
     def __init__(self):
         super().__init__()
@@ -208,12 +209,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.sim is not None:
             self.sim.drain()
             self.sim.check_outputs()
+            SchedulerMachine.num_compared += len(self.sim.results)
 
 
 def test_any_order_of_operations(echo) -> None:
-    SchedulerMachine.echo_module = echo
+    SchedulerMachine.echo_module, SchedulerMachine.num_compared = echo, 0
     budget = settings(max_examples=60, stateful_step_count=40, deadline=None)
     run_state_machine_as_test(SchedulerMachine, settings=budget)
+    assert SchedulerMachine.num_compared > 60, "outputs compared with their reference, in all histories"
 
 
 def test_thousands_of_steps_without_a_leak(echo) -> None:
