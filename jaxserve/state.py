@@ -103,6 +103,16 @@ class StepShape:
         offset, length = self.fields()["tile_len"]
         return offset + length
 
+    @cached_property
+    def padding(self) -> np.ndarray:
+        """int32[packed_len]: the packed array of a step of padding alone, not to be written to."""
+        packed = np.zeros(self.packed_len, np.int32)
+        for name in ("rows", "sample_rows", "update_rows"):
+            offset, length = self.fields()[name]
+            packed[offset : offset + length] = self.max_rows
+        packed.setflags(write=False)
+        return packed
+
 
 @struct.dataclass
 class StepBatch:

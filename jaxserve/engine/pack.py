@@ -14,11 +14,12 @@ from jaxserve.steps import FLOAT_FIELDS
 
 def empty_step(shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The packed array of a step of padding alone, and views of its fields."""
-    packed = np.zeros(shape.packed_len, np.int32)
-    fields = {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
-    for name in ("rows", "sample_rows", "update_rows"):
-        fields[name].fill(shape.max_rows)
-    return packed, fields
+    packed = shape.padding.copy()
+    return packed, _views(packed, shape)
+
+
+def _views(packed: np.ndarray, shape: StepShape) -> dict[str, np.ndarray]:
+    return {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
 
 
 def pack_step(
@@ -34,26 +35,30 @@ def pack_step(
     Raises:
         AssertionError: an id or index is out of range; JAX would clamp it and read somebody else's.
     """
-    packed, fields = empty_step(shape)
-    num_decode = len(plan.decode_rows)
-    fields["tokens"][:num_decode] = -1
-    fields["rows"][:num_decode] = plan.decode_rows
-    fields["positions"][:num_decode] = plan.decode_positions
-    num_updates = len(plan.block_rows)
-    assert num_updates <= shape.num_updates, (num_updates, shape)
-    fields["update_rows"][:num_updates] = plan.block_rows
-    fields["update_cols"][:num_updates] = plan.block_cols
-    fields["update_ids"][:num_updates] = plan.block_ids
-    sampled = plan.sampled_rows
-    step_features = int(np.bitwise_or.reduce(features[sampled], initial=0)) & ~PROMPT_LOGPROBS
-    fields["sample_rows"][: len(sampled)] = sampled
-    fields["sample_index"][:num_decode] = np.arange(num_decode)
+    packed, fields = shape.padding.copy(), shape.fields()
+
+    def put(name: str, values: np.ndarray | int, count: int) -> None:
+        start, length = fields[name]
+        assert count <= length, (name, count, shape)
+        packed[start : start + count] = values
+
+    num_decode, num_updates, sampled = len(plan.decode_rows), len(plan.block_rows), plan.sampled_rows
+    put("tokens", -1, num_decode)
+    put("rows", plan.decode_rows, num_decode)
+    put("positions", plan.decode_positions, num_decode)
+    if num_updates:
+        put("update_rows", plan.block_rows, num_updates)
+        put("update_cols", plan.block_cols, num_updates)
+        put("update_ids", plan.block_ids, num_updates)
+    put("sample_rows", sampled, len(sampled))
+    put("sample_index", np.arange(num_decode), num_decode)
+    step_features = int(np.bitwise_or.reduce(features[sampled])) & ~PROMPT_LOGPROBS
     num_tiles = 0
     if len(plan.prefill_rows):
         step_features |= int(np.bitwise_or.reduce(features[plan.prefill_rows])) & PROMPT_LOGPROBS
-        num_tiles = _pack_prefill(plan, shape, fields, token_ids, num_prompt, step_features)
+        num_tiles = _pack_prefill(plan, shape, _views(packed, shape), token_ids, num_prompt, step_features)
     assert plan.num_steps <= shape.max_steps, (plan.num_steps, shape)
-    fields["header"][:] = (num_decode, num_tiles, step_features, plan.num_steps)
+    packed[0], packed[1], packed[2], packed[3] = num_decode, num_tiles, step_features, plan.num_steps
     return packed
 
 

@@ -37,13 +37,13 @@ def commit(decision: Decision, sequences: SequenceTable, memory: KVMemory, waiti
         ids = np.concatenate([ids, memory.table.ids[more_rows, more_cols]])
     return StepPlan(
         step=decision.step,
-        decode_rows=frozen(decision.decode_rows),
+        decode_rows=decision.decode_rows,
         decode_positions=decision.decode_positions,
         num_steps=decision.num_steps,
         **_columns(decision.chunks),
-        block_rows=frozen(rows),
-        block_cols=frozen(cols),
-        block_ids=frozen(ids),
+        block_rows=frozen(rows, np.intp),
+        block_cols=frozen(cols, np.intp),
+        block_ids=frozen(ids, np.intp),
         copy_from=copies[0],
         copy_to=copies[1],
         swap_out_blocks=swap_out[0],
@@ -116,8 +116,8 @@ def _hold_cached(entries: tuple[Entry, ...], memory: KVMemory) -> np.ndarray:
 
 def _copy_on_write(decision: Decision, sequences: SequenceTable, memory: KVMemory) -> _Pairs:
     """Blocks of their own for decode rows that are about to write to one that others hold; sources and targets."""
-    if np.count_nonzero(sequences.shares_tail):
-        sequences.shares_tail[decision.decode_rows] = False  # each has a tail of its own after this
+    if sequences.has_shared_tails:
+        sequences.own_tails(decision.decode_rows)  # each has one after this
     if not len(decision.copy_rows):
         return NO_IDS, NO_IDS
     position_of = dict(zip(decision.decode_rows.tolist(), decision.decode_positions.tolist(), strict=True))
@@ -149,7 +149,7 @@ def _let_in(entries: tuple[Entry, ...], sequences: SequenceTable, memory: KVMemo
             num_full = entry.num_stored // memory.block_size
             sequences.num_published[row] = min(int(sequences.num_published[entry.fork_of]), num_full)
             # Whoever of them holds the last block now: in this very commit it may have passed to another.
-            sequences.shares_tail[[s.row for s in sequence.request.sequences if s.row >= 0]] = True
+            sequences.share_tails([s.row for s in sequence.request.sequences if s.row >= 0])
         elif not restored:
             sequences.num_published[row] = len(entry.shared)
     return frozen(np.concatenate(in_slots)), frozen(np.concatenate(in_blocks))

@@ -51,7 +51,7 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What one step does. All arrays are int32 (bool where said) and must not be written to.
+    """What one step does. All arrays are int32 (intp or bool where said) and must not be written to.
 
     The device does, in this order: copies `swap_out_blocks` to host memory, copies blocks for copy-on-write (all
     sources are read before a target is written), restores `swap_in_blocks` from host memory, sets up admitted rows,
@@ -60,7 +60,7 @@ class StepPlan:
 
     Attributes:
         step: counts from 0.
-        decode_rows: [D] rows that feed the token they sampled last, ascending.
+        decode_rows: intp[D] rows that feed the token they sampled last, ascending.
         decode_positions: [D] the position of that token.
         num_steps: decode steps that run one after the other, each feeding what the one before sampled. More than 1
             only where nothing but decode rows is fed. A row leaves the loop when its sequence ends.
@@ -71,7 +71,7 @@ class StepPlan:
             sampled after it.
         prefill_stored: bool[N] the chunk is one token whose KV is in its block already (which others may
             share): it is fed for its logits and must not be written again.
-        block_rows, block_cols, block_ids: [U] entries of block tables that change in this step: table
+        block_rows, block_cols, block_ids: intp[U] entries of block tables that change in this step: table
             [row, col] becomes id. Of rows that were running before; admitted rows bring their whole table.
         copy_from, copy_to: [X] blocks whose content is copied, before any token is written.
         swap_out_blocks, swap_out_slots: [O] blocks whose content goes to a slot of host memory. It must be
@@ -114,6 +114,8 @@ class StepPlan:
     @property
     def sampled_rows(self) -> np.ndarray:
         """[S] rows that get a new token, decode rows first, then prefill rows that sample."""
+        if not len(self.prefill_rows):
+            return self.decode_rows
         return np.concatenate([self.decode_rows, self.prefill_rows[self.prefill_samples]])
 
     @property

@@ -99,15 +99,14 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
 
     Cost: a decode iteration touches no Python object of a sequence; prefill rows and admissions are looped over.
     """
-    decodes, victims, num_freed = _plan_decodes(view)
-    num_free = view.memory.pool.num_free + num_freed - decodes.num_blocks
+    decodes, victims, num_free = _plan_decodes(view)
     budget = view.limits.max_num_batched_tokens - len(decodes.rows)
     prefills = _Prefills(view.limits.block_size, budget, num_free)
     _feed_running(view, prefills, [victim.row for victim in victims])
     entries: list[Entry] = []
     groups: list[tuple[int, ...]] = []
     # What gave way would only come back to give way again.
-    if not victims and (len(view.waiting) or np.count_nonzero(view.sequences.is_beam)):
+    if not victims and (len(view.waiting) or view.sequences.has_beams):
         admission = Admission(view.limits, view.sequences, view.memory, num_free)
         groups = _start_searches(view, prefills, admission, entries)
         _feed_admitted(view, prefills, admission, entries)
@@ -134,7 +133,7 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
 
 
 def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
-    """The decode rows that have their blocks, the rows that give way for that, and the blocks that they free."""
+    """The decode rows that have their blocks, the rows that give way for that, and the blocks that stay free."""
     sequences, memory = view.sequences, view.memory
     rows = sequences.decode_rows()
     positions = sequences.num_tokens[rows] - 1
@@ -144,13 +143,13 @@ def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
     decodes = _Decodes(rows, positions, opens_block, copy_rows, num_copies)
     shortage = decodes.num_blocks - memory.pool.num_free
     if shortage <= 0:
-        return decodes, [], 0
+        return decodes, [], -shortage
     needy = np.concatenate([rows[opens_block], copy_rows])
     victims, num_freed = policy.Victims(sequences, memory, view.limits.costs, needy).choose(shortage)
     gone = [victim.row for victim in victims]
     decodes = decodes.without(gone)
     decodes.num_copies = min(num_copies, len(decodes.copy_rows))
-    return decodes, victims, num_freed
+    return decodes, victims, memory.pool.num_free + num_freed - decodes.num_blocks
 
 
 def _look_ahead(view: SchedulerView, decodes: _Decodes, max_steps: int) -> int:
@@ -160,7 +159,7 @@ def _look_ahead(view: SchedulerView, decodes: _Decodes, max_steps: int) -> int:
     """
     sequences, block_size = view.sequences, view.limits.block_size
     # Entries that were replaced go to the device with this step, too: more than a small one has room for.
-    if not len(decodes.rows) or view.memory.table.has_replaced or np.count_nonzero(sequences.is_beam):
+    if not len(decodes.rows) or view.memory.table.has_replaced or sequences.has_beams:
         return 1
     left = sequences.max_total_len[decodes.rows] - decodes.positions - 1
     num_steps = min(max_steps, block_size, int(left.max()))
@@ -178,7 +177,7 @@ def _rows_to_copy(
     view: SchedulerView, rows: np.ndarray, positions: np.ndarray, opens_block: np.ndarray
 ) -> tuple[np.ndarray, int]:
     """The rows whose token goes to a block that others hold, and how many copies that takes."""
-    if not np.count_nonzero(view.sequences.shares_tail):
+    if not view.sequences.has_shared_tails:
         return rows[:0], 0
     flagged = view.sequences.shares_tail[rows] & ~opens_block
     rows, cols = rows[flagged], positions[flagged] // view.limits.block_size

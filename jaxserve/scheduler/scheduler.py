@@ -27,7 +27,7 @@ from jaxserve.scheduler.finish import BeamAnswer, Finished, StepEvents
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.searches import EndedSearch, Searches
-from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable, WaitingQueue
+from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable, WaitingQueue, same
 from jaxserve.types import MAX_N, MAX_STOP_TOKEN_IDS
 
 
@@ -171,8 +171,7 @@ class Scheduler:
         Cost: a few numpy operations on the step's rows; Python only for sequences that enter or give way.
         """
         assert decision.step == self._num_steps, f"decision {decision.step} is stale: step {self._num_steps} is next"
-        moved_on = self.sequences.generation[decision.rows] != decision.generations
-        assert not np.count_nonzero(moved_on), f"rows {decision.rows[moved_on]} have moved on"
+        assert same(self.sequences.generation[decision.rows], decision.generations), f"rows of {decision} have moved on"
         for victim in decision.victims:
             publishing.publish(self.sequences, self.memory, victim.row)
         plan = committing.commit(decision, self.sequences, self.memory, self.waiting)
@@ -281,8 +280,8 @@ class Scheduler:
             codes, alive_codes = np.zeros(len(live), np.int8), codes
             codes[live] = alive_codes
         ended_searches: list[EndedSearch] = []
-        is_beam = live & self.sequences.is_beam[flight.rows]
-        if np.count_nonzero(is_beam):
+        is_beam = live & self.sequences.is_beam[flight.rows] if self.sequences.has_beams else None
+        if is_beam is not None and np.count_nonzero(is_beam):
             codes[is_beam & (codes != finish.ERROR)] = finish.CONTINUES  # its search says when it ends
             ended_searches = self._advance_searches(flight, is_beam, codes, tokens, beams)
             live &= ~is_beam

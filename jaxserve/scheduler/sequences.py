@@ -118,6 +118,7 @@ class SequenceTable:
         token_ids: int32[R, max_model_len]; valid before num_known. Pages are touched when first written.
         stop_ids: int32[64, R] one column a row, padded with -1; `stop_width` of its lines are in use.
         sequences: object[R] the row's Sequence, None where inactive.
+        has_beams, has_shared_tails: whether any row is_beam, and any shares_tail.
     """
 
     def __init__(self, num_rows: int, max_model_len: int):
@@ -148,6 +149,8 @@ class SequenceTable:
         self._gathered: tuple[np.ndarray, np.ndarray] | None = None  # rows and sequences of the last `of_rows`
         self._num_stop_ids = np.zeros(num_rows, np.int32)
         self.stop_width = 0
+        self.has_beams = False
+        self.has_shared_tails = False
 
     @property
     def num_rows(self) -> int:
@@ -174,10 +177,10 @@ class SequenceTable:
 
     def prefill_rows(self) -> np.ndarray:
         """int64[N], ascending: rows with known tokens to feed."""
-        waits = self.active > self.on_device
-        if not np.count_nonzero(waits):
-            return waits.nonzero()[0]
-        return (waits & (self.num_computed < self.num_known)).nonzero()[0]
+        rows = (self.active > self.on_device).nonzero()[0]
+        if not len(rows):
+            return rows
+        return rows[self.num_computed[rows] < self.num_known[rows]]
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """object[n]: the rows' sequences; not to be written to.
@@ -185,7 +188,7 @@ class SequenceTable:
         Cost: 8 us for 1,024 rows, to count references; 1 us where they are the same as in the call before.
         """
         last = self._gathered
-        if last is None or len(last[0]) != len(rows) or np.count_nonzero(last[0] != rows):
+        if last is None or not same(last[0], rows):
             gathered = self.sequences[rows]
             gathered.setflags(write=False)
             self._gathered = last = rows, gathered
@@ -207,6 +210,7 @@ class SequenceTable:
         sequence.row = row
         self.active[row] = True
         self.is_beam[row] = request.beam is not None
+        self.has_beams = self.has_beams or request.beam is not None
         self.num_tokens[row] = self.num_known[row] = len(known)
         self.num_computed[row] = num_stored
         self.num_prompt[row] = num_prompt
@@ -226,6 +230,16 @@ class SequenceTable:
         self.is_protected[row] = True
         self.num_reserved[row] = num_reserved
 
+    def share_tails(self, rows: list[int]) -> None:
+        """The block that each row's next token goes to may be another's too."""
+        self.shares_tail[rows] = True
+        self.has_shared_tails = True
+
+    def own_tails(self, rows: np.ndarray) -> None:
+        """The block that each row's next token goes to is its own."""
+        self.shares_tail[rows] = False
+        self.has_shared_tails = bool(self.shares_tail.any())
+
     def release(self, rows: np.ndarray) -> None:
         """Takes the rows away from their sequences and moves their generation on.
 
@@ -242,6 +256,8 @@ class SequenceTable:
         for column in self._zero_when_inactive():
             column[rows] = 0
         self.stop_width = int(self._num_stop_ids.max())
+        self.has_beams = self.has_beams and bool(self.is_beam.any())
+        self.has_shared_tails = self.has_shared_tails and bool(self.shares_tail.any())
 
     def _zero_when_inactive(self) -> tuple[np.ndarray, ...]:
         flags = (self.active, self.on_device, self.shares_tail, self.is_beam, self.is_protected)
@@ -276,6 +292,8 @@ class SequenceTable:
         assert (self.stop_ids[:, idle] == NO_TOKEN).all()
         assert ((self.stop_ids != NO_TOKEN).sum(axis=0) == self._num_stop_ids).all()
         assert self.stop_width == self._num_stop_ids.max()
+        assert self.has_beams == self.is_beam.any()
+        assert self.has_shared_tails == self.shares_tail.any()
         decoding, prefilling = self.on_device, self.active & ~self.on_device
         ahead = self.num_tokens - self.num_known
         assert ((ahead >= 0) & (ahead <= np.where(decoding, num_in_flight, 0))).all(), f"tokens ahead: {ahead}"
@@ -301,6 +319,11 @@ class SequenceTable:
         assert self.min_stop_len[row] == self.num_prompt[row] + request.min_tokens
         assert np.array_equal(self.token_ids[row, : self.num_prompt[row]], request.prompt_token_ids)
         assert tuple(self.stop_ids[: self._num_stop_ids[row], row]) == tuple(request.stop_token_ids)
+
+
+def same(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two arrays of one integer type are equal. A third of what `!=` and a count take."""
+    return left is right or left.tobytes() == right.tobytes()
 
 
 class WaitingQueue:

@@ -224,8 +224,8 @@ PLANTED = (
     Planted(
         "only the fork knows that it shares",
         COMMITTING,
-        "sequences.shares_tail[[s.row for s in sequence.request.sequences if s.row >= 0]] = True",
-        "sequences.shares_tail[[row, entry.fork_of]] = True",
+        "sequences.share_tails([s.row for s in sequence.request.sequences if s.row >= 0])",
+        "sequences.share_tails([row, entry.fork_of])",
         REGRESSIONS,
     ),
     Planted(
