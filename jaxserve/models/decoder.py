@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.config import ModelConfig
-from jaxserve.layers.linear import linear
+from jaxserve.layers.linear import faster_form, linear, weight_left
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import apply_rope, rope_tables
 
@@ -101,6 +101,20 @@ def _attention(
 
 
 def _mlp(layer: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
-    gate_up = linear(x, layer["gate_up"], layer.get("gate_up_bias"))  # [T, 2, F]
-    hidden = _ACTIVATIONS[config.activation](gate_up[:, 0]) * gate_up[:, 1]
-    return linear(hidden, layer["down"], layer.get("down_bias"))
+    activation = _ACTIVATIONS[config.activation]
+    down, down_bias = layer["down"], layer.get("down_bias")
+    gate_up, gate_up_bias = layer["gate_up"], layer.get("gate_up_bias")  # [2, F, hidden], [2, F]
+    matrix = gate_up.reshape(-1, x.shape[1])
+
+    def tokens_left(x: jax.Array) -> jax.Array:
+        wide = linear(x, gate_up, gate_up_bias)  # [T, 2, F]
+        return linear(activation(wide[:, 0]) * wide[:, 1], down, down_bias)
+
+    def weights_left(x: jax.Array) -> jax.Array:
+        """The tokens stay columns between the products, so that nothing wide is transposed."""
+        wide = weight_left(matrix, x).reshape(*gate_up.shape[:2], len(x))
+        wide = wide if gate_up_bias is None else wide + gate_up_bias[..., None]
+        out = weight_left(down, activation(wide[0]) * wide[1], token_axis=1).T
+        return out if down_bias is None else out + down_bias
+
+    return faster_form(x, tokens_left=tokens_left, weight_left=weights_left, weights=(matrix, down))

@@ -32,12 +32,12 @@ Run = tuple[int, int, int]  # row, start, length
 Step = tuple[int, list[Run], list[Run]]  # bucket, decodes, chunks
 
 
-def _config(dtype: str, heads: int, kv_heads: int, head_dim: int) -> ModelConfig:
+def _config(dtype: str, heads: int, kv_heads: int, head_dim: int, hidden: int, intermediate: int) -> ModelConfig:
     return ModelConfig(
         architecture="LlamaForCausalLM",
         vocab_size=300,
-        hidden_size=72,
-        intermediate_size=136,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_layers=2,
         num_heads=heads,
         num_kv_heads=kv_heads,
@@ -172,8 +172,10 @@ def _random_schedule(rng: np.random.Generator, buckets: list[int]) -> list[Step]
 
 
 MODELS = {
-    "groups of three": (6, 2, 16),
-    "one query a head": (3, 3, 80),
+    "groups of three": (6, 2, 16, 72, 136),
+    "one query a head": (3, 3, 80, 72, 136),
+    "narrow heads": (4, 2, 32, 72, 136),
+    "sizes of whole 64s": (4, 2, 64, 128, 192),  # whose float32 products have the weights on the left
 }
 
 
