@@ -179,6 +179,7 @@ MODELS = {
 }
 
 
+@pytest.mark.usefixtures("long_contexts")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_schedules_move_no_bit(name: str, dtype: str) -> None:
@@ -205,15 +206,16 @@ def test_a_row_s_sum_is_the_same_beside_any_number_of_rows(width: int) -> None:
     np.testing.assert_allclose(np.asarray(total(x)), np.asarray(x, np.float64).sum(-1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("long_contexts")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("kv_heads", "groups", "head_dim"), [(3, 3, 64), (1, 8, 80), (2, 1, 128)])
 @pytest.mark.parametrize("kv_tile", [KV_TILE, 2 * KV_TILE], ids=["short", "long"])
 def test_a_decode_row_attends_as_a_chunk_does(
     kv_tile: int, kv_heads: int, groups: int, head_dim: int, dtype: str
 ) -> None:
-    """At the served tile sizes, across a tile's edge."""
+    """At the served tile sizes, across a tile's edge, behind tiles that are seen whole; in two query tiles, too."""
     rng = np.random.default_rng(4)
-    num_blocks, start = 3 * kv_tile // 16, kv_tile - 28
+    num_blocks, start = 4 * kv_tile // 16, 3 * kv_tile - 28
     shape = StepShape(128, ROWS, num_blocks, 16, q_tile=128, kv_tile=kv_tile)
     cache = jnp.asarray(rng.normal(size=(ROWS * num_blocks + 1, 16, kv_heads, 2 * head_dim)), dtype)
     order = rng.permutation(np.arange(1, ROWS * num_blocks + 1))
@@ -226,6 +228,8 @@ def test_a_decode_row_attends_as_a_chunk_does(
         return np.asarray(attend(q, cache, tables, batch, shape))
 
     chunk = run(shape, q, [], [(2, start, 128)])
+    in_two = StepShape(128, ROWS, num_blocks, 16, q_tile=64, kv_tile=kv_tile)
+    np.testing.assert_array_equal(run(in_two, q, [], [(2, start, 128)]), chunk)
     for bucket in (2, 64):
         small = StepShape(bucket, ROWS, num_blocks, 16, q_tile=bucket, kv_tile=kv_tile)
         for offset in (0, 27, 28, 91, 92, 127):

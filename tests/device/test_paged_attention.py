@@ -81,9 +81,12 @@ STEPS = {
 }
 
 
+@pytest.mark.parametrize("forms", ["long_contexts", "short_contexts"])
 @pytest.mark.parametrize("window", [None, 1, 7, 40])
 @pytest.mark.parametrize("name", STEPS)
-def test_equals_dense_attention(name: str, window: int | None) -> None:
+def test_equals_dense_attention(name: str, window: int | None, forms: str, request: pytest.FixtureRequest) -> None:
+    if forms == "long_contexts":
+        request.getfixturevalue(forms)
     rng = np.random.default_rng(7)
     chunks = STEPS[name]
     paged = Paged(rng, {c.row: c.start + c.length for c in chunks})
@@ -131,6 +134,7 @@ def test_keys_and_values_land_in_their_slots_and_padding_nowhere(dtype: str) -> 
     np.testing.assert_array_equal(out, want)
 
 
+@pytest.mark.usefixtures("long_contexts")
 def test_cutting_a_sequence_differently_moves_no_bit() -> None:
     """Key tiles are anchored at position 0: a token's bits do not depend on its chunk or its neighbours."""
     rng = np.random.default_rng(10)
