@@ -114,7 +114,7 @@ def _step(
     state = _record_fed(state, batch, shape)
     # Of a long prompt most steps sample nothing; the head and the sampler of 64 rows are 4 % of a step of 256 tokens.
     sampled, sampled_logprobs, last_token, ended, beams, beam_answer = jax.lax.cond(
-        batch.sample_rows[0] < shape.max_rows,
+        jnp.any(batch.sample_rows < shape.max_rows),  # in a loop, rows that have ended stand among the others
         lambda: _sample(params, hidden, state, batch, shape),
         lambda: _sample_nothing(state, shape),
     )
