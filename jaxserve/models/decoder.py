@@ -117,4 +117,4 @@ def _mlp(layer: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
         out = weight_left(down, activation(wide[0]) * wide[1], token_axis=1).T
         return out if down_bias is None else out + down_bias
 
-    return faster_form(x, tokens_left=tokens_left, weight_left=weights_left, weights=(matrix, down))
+    return faster_form(x, tokens_left=tokens_left, weights_left=weights_left, weights=(matrix, down))

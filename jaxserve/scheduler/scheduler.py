@@ -171,7 +171,10 @@ class Scheduler:
         Cost: a few numpy operations on the step's rows; Python only for sequences that enter or give way.
         """
         assert decision.step == self._num_steps, f"decision {decision.step} is stale: step {self._num_steps} is next"
-        assert same(self.sequences.generation[decision.rows], decision.generations), f"rows of {decision} have moved on"
+        generations = self.sequences.generation[decision.rows]
+        assert same(generations, decision.generations), (
+            f"rows {decision.rows[generations != decision.generations]} have moved on"
+        )
         for victim in decision.victims:
             publishing.publish(self.sequences, self.memory, victim.row)
         plan = committing.commit(decision, self.sequences, self.memory, self.waiting)
