@@ -17,6 +17,7 @@ import pytest
 
 from jaxserve.config import ModelConfig
 from jaxserve.engine.resolve import KV_TILE
+from jaxserve.layers.linear import linear
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.stable_sum import stable_sum
 from jaxserve.models.decoder import forward
@@ -193,6 +194,20 @@ def test_schedules_move_no_bit(name: str, dtype: str) -> None:
         found = engine.run(schedule, seed + 1)
         for row in LENGTHS:
             assert (found[row] != want[row]).sum() == 0, (name, dtype, seed, row)
+
+
+@pytest.mark.parametrize("num_in", [40, 72, 576, 1536])
+@pytest.mark.parametrize("num_out", [72, 64, 192, 576, 3072])  # the first is no multiple of 64
+def test_a_token_s_product_is_the_same_in_either_form(num_out: int, num_in: int) -> None:
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.normal(size=(256, num_in)), jnp.float32)
+    weight = jnp.asarray(rng.normal(size=(num_out, num_in)), jnp.float32)
+    product = jax.jit(lambda x, weight: linear(x, weight))
+    two = np.concatenate([np.asarray(product(x[at : at + 2], weight)) for at in range(0, 256, 2)])
+    for rows in (8, 64, 128, 256):
+        np.testing.assert_array_equal(np.asarray(product(x[:rows], weight)), two[:rows])
+    on_the_left = [rows for rows in (8, 64, 256) if "barrier" in product.lower(x[:rows], weight).as_text()]
+    assert on_the_left == ([] if num_out % 64 else [64, 256])
 
 
 @pytest.mark.parametrize("width", [16, 64, 80, 576, 1024])
