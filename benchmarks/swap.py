@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import replace
 
 import jax
 import numpy as np
@@ -79,13 +78,10 @@ class Rounds:
         self._forced = False
         assert not decision.chunks
         stay = decision.decode_rows != row
-        return replace(
-            decision,
-            rows=decision.rows[stay],
-            decode_rows=decision.decode_rows[stay],
+        return decision._replace(
+            decodes=decision.decodes.subset(stay),
             decode_positions=decision.decode_positions[stay],
             opens_block=decision.opens_block[stay],
-            generations=decision.generations[stay],
             victims=(Victim(row, swaps=True, host_full=False),),
         )
 

@@ -110,6 +110,8 @@ class StepShape:
         for name in ("rows", "sample_rows", "update_rows"):
             offset, length = self.fields()[name]
             packed[offset : offset + length] = self.max_rows
+        offset, length = self.fields()["sample_index"]
+        packed[offset : offset + length] = np.arange(length)  # what decode rows have, which come first
         packed.setflags(write=False)
         return packed
 

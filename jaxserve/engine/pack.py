@@ -51,7 +51,6 @@ def pack_step(
         put("update_cols", plan.block_cols, num_updates)
         put("update_ids", plan.block_ids, num_updates)
     put("sample_rows", sampled, len(sampled))
-    put("sample_index", np.arange(num_decode), num_decode)
     step_features = int(np.bitwise_or.reduce(features[sampled])) & ~PROMPT_LOGPROBS
     num_tiles = 0
     if len(plan.prefill_rows):

@@ -12,9 +12,18 @@ from jaxserve.cache.blocks import blocks_for
 from jaxserve.cache.kv_memory import KVMemory
 from jaxserve.scheduler.decision import Chunk, Decision, Entry
 from jaxserve.scheduler.plan import NO_FLAGS, NO_IDS, Admitted, Preempted, StepPlan, frozen
-from jaxserve.scheduler.sequences import Sequence, SequenceTable, WaitingQueue
+from jaxserve.scheduler.sequences import Sequence, SequenceTable
+from jaxserve.scheduler.waiting import WaitingQueue
 
 _Pairs = tuple[np.ndarray, np.ndarray]
+_NO_COLUMNS = {
+    "prefill_rows": NO_IDS,
+    "prefill_starts": NO_IDS,
+    "prefill_lens": NO_IDS,
+    "prefill_samples": NO_FLAGS,
+    "prefill_stored": NO_FLAGS,
+    "prefill_generations": NO_IDS,
+}
 
 
 def commit(decision: Decision, sequences: SequenceTable, memory: KVMemory, waiting: WaitingQueue) -> StepPlan:
@@ -22,7 +31,8 @@ def commit(decision: Decision, sequences: SequenceTable, memory: KVMemory, waiti
     preempted, swap_out = _make_way(decision, sequences, memory, waiting)
     held = _hold_cached(decision.entries, memory)
     copies = _copy_on_write(decision, sequences, memory)
-    rows, cols = _opened(decision, memory.block_size)
+    rows = decision.decode_rows[decision.opens_block.nonzero()[0]]
+    cols = memory.table.num_blocks[rows]
     ids = memory.extend(rows, cols)
     swap_in = _let_in(decision.entries, sequences, memory, waiting)
     if decision.chunks:
@@ -40,7 +50,7 @@ def commit(decision: Decision, sequences: SequenceTable, memory: KVMemory, waiti
         decode_rows=decision.decode_rows,
         decode_positions=decision.decode_positions,
         num_steps=decision.num_steps,
-        **_columns(decision.chunks),
+        **_columns(decision.chunks, sequences),
         block_rows=frozen(rows, np.intp),
         block_cols=frozen(cols, np.intp),
         block_ids=frozen(ids, np.intp),
@@ -56,7 +66,6 @@ def commit(decision: Decision, sequences: SequenceTable, memory: KVMemory, waiti
         ),
         beam_groups=decision.beam_groups,
         preempted=preempted,
-        generations=decision.generations,
     )
 
 
@@ -155,12 +164,6 @@ def _let_in(entries: tuple[Entry, ...], sequences: SequenceTable, memory: KVMemo
     return frozen(np.concatenate(in_slots)), frozen(np.concatenate(in_blocks))
 
 
-def _opened(decision: Decision, block_size: int) -> _Pairs:
-    """Rows and columns of the block tables where decode rows' tokens begin a block, the next from their position on."""
-    at = decision.opens_block.nonzero()[0]
-    return decision.decode_rows[at], (decision.decode_positions[at].astype(np.intp) + block_size - 1) // block_size
-
-
 def _extend_chunks(decision: Decision, memory: KVMemory) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives the chunks their new blocks; returns rows, columns and ids, those of admitted rows left out."""
     new_rows = {entry.row for entry in decision.entries}
@@ -180,15 +183,16 @@ def _new_entries(chunks: list[Chunk]) -> _Pairs:
     return rows, cols
 
 
-def _columns(chunks: tuple[Chunk, ...]) -> dict[str, np.ndarray]:
+def _columns(chunks: tuple[Chunk, ...], sequences: SequenceTable) -> dict[str, np.ndarray]:
     """The chunks as the plan's arrays."""
     if not chunks:
-        none = {"prefill_rows": NO_IDS, "prefill_starts": NO_IDS, "prefill_lens": NO_IDS}
-        return {**none, "prefill_samples": NO_FLAGS, "prefill_stored": NO_FLAGS}
+        return _NO_COLUMNS
+    rows = [c.row for c in chunks]
     return {
-        "prefill_rows": frozen([c.row for c in chunks]),
+        "prefill_rows": frozen(rows),
         "prefill_starts": frozen([c.start for c in chunks]),
         "prefill_lens": frozen([c.length for c in chunks]),
         "prefill_samples": frozen([c.samples for c in chunks], bool),
         "prefill_stored": frozen([c.stored for c in chunks], bool),
+        "prefill_generations": frozen(sequences.generation[rows]),
     }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxserve.scheduler.sequences import Sequence
+
 
 @dataclass(slots=True)
 class Counters:
@@ -22,3 +24,15 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     copied_blocks: int = 0
+
+    def count_hits(self, sequence: Sequence, num_stored: int, *, caches: bool) -> None:
+        """Notes, of a sequence that enters for the first time, what the prefix cache spared it."""
+        if sequence.num_cached_tokens >= 0:
+            return
+        num_prompt = len(sequence.request.prompt_token_ids)
+        sequence.num_cached_tokens = 0
+        if sequence.index == 0 and sequence.request.reads_cache and caches:
+            # Of a prompt that is cached as a whole, the last token is still computed, for its logits.
+            sequence.num_cached_tokens = min(num_stored, num_prompt - 1)
+            self.prefix_queries += num_prompt
+            self.prefix_hits += sequence.num_cached_tokens

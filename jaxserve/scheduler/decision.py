@@ -7,9 +7,11 @@ foretell them would take a second copy of the pool's order of eviction.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
+from jaxserve.scheduler.roster import Roster
 from jaxserve.scheduler.sequences import Sequence
 
 
@@ -73,15 +75,13 @@ class Chunk:
     num_new_blocks: int
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Decision:
+class Decision(NamedTuple):
     """The next step.
 
     Attributes:
         step: counts from 0.
-        rows: intp[D + chunks] rows that have a token in the step, those that are yet to be given out included.
-        decode_rows, decode_positions: [D] rows that feed the token they sampled last, and its position; in a loop of
-            several steps, the first one's.
+        decodes: the rows that feed the token they sampled last.
+        decode_positions: [D] its position; in a loop of several steps, the first one's.
         num_steps: decode steps that the device runs in one loop. A row whose sequence gets to its longest before takes
             part in fewer.
         opens_block: bool[D] of whose tokens one is the first of a block.
@@ -90,12 +90,10 @@ class Decision:
         entries: in order of admission.
         beam_groups: rows of each beam search whose beams start, in order of the beams.
         victims: rows that give way, in order.
-        generations: [D + chunks] generation of each of `rows`.
     """
 
     step: int
-    rows: np.ndarray
-    decode_rows: np.ndarray
+    decodes: Roster
     decode_positions: np.ndarray
     num_steps: int
     opens_block: np.ndarray
@@ -104,7 +102,11 @@ class Decision:
     entries: tuple[Entry, ...]
     beam_groups: tuple[tuple[int, ...], ...]
     victims: tuple[Victim, ...]
-    generations: np.ndarray
+
+    @property
+    def decode_rows(self) -> np.ndarray:
+        """intp[D]: the rows of `decodes`."""
+        return self.decodes.rows
 
     @property
     def is_empty(self) -> bool:

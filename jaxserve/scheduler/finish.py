@@ -6,10 +6,12 @@ Owns the finish codes and `StepEvents`. It changes no table. Stop strings are te
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable
+from jaxserve.scheduler.roster import Roster
+from jaxserve.scheduler.sequences import Request, Sequence
 from jaxserve.types import FinishReason
 
 CONTINUES, STOP, LENGTH, ERROR = range(4)
@@ -72,8 +74,7 @@ class Finished:
     is_last: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepEvents:
+class StepEvents(NamedTuple):
     """What a step gave to whom; arrays in the order of the plan's `sampled_rows`, not to be written to.
 
     Attributes:
@@ -100,24 +101,28 @@ class StepEvents:
 
 
 def finish_codes(
-    sequences: SequenceTable, rows: np.ndarray, lengths: np.ndarray, tokens: np.ndarray, failed: np.ndarray | None
+    roster: Roster, lengths: np.ndarray, tokens: np.ndarray, failed: np.ndarray | None, *, may_end: bool = True
 ) -> np.ndarray:
     """int8[n]: how each row ends with its newest token. An error goes before a stop, a stop before the length.
 
     Args:
-        rows: [n] live rows.
+        roster: n rows, all live.
         lengths: [n] their tokens, the newest included.
         tokens: [n] the newest.
         failed: bool[n] rows whose answer is worthless, or None.
+        may_end: false where none can be at its longest.
+
+    Returns: codes, not to be written to.
     """
-    codes = np.zeros(len(rows), np.int8)
-    at_end = lengths >= sequences.max_total_len[rows]
-    if np.count_nonzero(at_end):
+    at_end = lengths >= roster.max_total_len if may_end else None
+    stops = roster.stop_ids == tokens
+    some_end = at_end is not None and np.count_nonzero(at_end)
+    if not (some_end or np.count_nonzero(stops) or (failed is not None and np.count_nonzero(failed))):
+        return roster.all_continue
+    codes = np.zeros(len(roster), np.int8)
+    if at_end is not None:
         codes[at_end] = LENGTH
-    if sequences.stop_width:
-        stops = sequences.stop_ids[: sequences.stop_width].take(rows, axis=1) == tokens
-        if np.count_nonzero(stops):
-            codes[stops.any(axis=0) & (lengths >= sequences.min_stop_len[rows])] = STOP
+    codes[stops.any(axis=0) & (lengths >= roster.min_stop_len)] = STOP
     if failed is not None:
         codes[failed] = ERROR
     return codes

@@ -14,7 +14,8 @@ import numpy as np
 from jaxserve.cache.blocks import blocks_for
 from jaxserve.cache.kv_memory import KVMemory
 from jaxserve.scheduler import policy
-from jaxserve.scheduler.sequences import Request, SequenceTable, WaitingQueue
+from jaxserve.scheduler.sequences import Request, SequenceTable
+from jaxserve.scheduler.waiting import WaitingQueue
 
 
 def check_integrity(

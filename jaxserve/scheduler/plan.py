@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -49,9 +50,10 @@ class Preempted:
     swapped: bool
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
+class StepPlan(NamedTuple):
     """What one step does. All arrays are int32 (intp or bool where said) and must not be written to.
+
+    A tuple, because one is made in each step: a frozen dataclass of so many fields takes 3.1 instead of 1.4 us.
 
     The device does, in this order: copies `swap_out_blocks` to host memory, copies blocks for copy-on-write (all
     sources are read before a target is written), restores `swap_in_blocks` from host memory, sets up admitted rows,
@@ -80,8 +82,8 @@ class StepPlan:
         admitted: rows that were given to a sequence in this step, in order of admission.
         beam_groups: rows of each beam search whose beams start in this step, in order of the beams.
         preempted: sequences that lost their row and go back to waiting.
-        generations: [D + N] generation of each row (decode rows first) when the plan was made; a row
-            whose generation has moved on when the answer arrives belongs to somebody else.
+        prefill_generations: [N] generation of each of `prefill_rows` when the plan was made; a row whose generation
+            has moved on when the answer arrives belongs to somebody else.
     """
 
     step: int
@@ -105,7 +107,7 @@ class StepPlan:
     admitted: tuple[Admitted, ...]
     beam_groups: tuple[tuple[int, ...], ...]
     preempted: tuple[Preempted, ...]
-    generations: np.ndarray
+    prefill_generations: np.ndarray
 
     @property
     def num_tokens(self) -> int:

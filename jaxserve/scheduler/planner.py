@@ -19,7 +19,9 @@ from jaxserve.scheduler.admission import Admission
 from jaxserve.scheduler.decision import Chunk, Decision, Entry, Victim
 from jaxserve.scheduler.plan import frozen
 from jaxserve.scheduler.policy import SchedulerLimits
-from jaxserve.scheduler.sequences import SequenceTable, WaitingQueue
+from jaxserve.scheduler.roster import Roster
+from jaxserve.scheduler.sequences import SequenceTable
+from jaxserve.scheduler.waiting import WaitingQueue
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,28 +36,29 @@ class SchedulerView:
 
 @dataclass(slots=True)
 class _Decodes:
-    """The decode half of a decision in the making: rows, their positions, and which of them need a block.
+    """The decode half of a decision in the making.
 
     Attributes:
+        positions: int32[D] of the token that each row feeds.
         opens_block: bool[D] the token is the first of a block.
         copy_rows: rows whose token goes to a block that others hold.
         num_copies: blocks that takes; of the rows that share a block and all write, one keeps it.
     """
 
-    rows: np.ndarray
+    roster: Roster
     positions: np.ndarray
     opens_block: np.ndarray
     copy_rows: np.ndarray
     num_copies: int
 
-    @property
     def num_blocks(self) -> int:
         return int(np.count_nonzero(self.opens_block)) + self.num_copies
 
     def without(self, rows: list[int]) -> _Decodes:
-        keep = ~np.isin(self.rows, rows)
+        keep = ~np.isin(self.roster.rows, rows)
         copy_rows = self.copy_rows[~np.isin(self.copy_rows, rows)]
-        return _Decodes(self.rows[keep], self.positions[keep], self.opens_block[keep], copy_rows, self.num_copies)
+        roster = self.roster.subset(keep)
+        return _Decodes(roster, self.positions[keep], self.opens_block[keep], copy_rows, self.num_copies)
 
 
 @dataclass(slots=True)
@@ -100,9 +103,10 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
     Cost: a decode iteration touches no Python object of a sequence; prefill rows and admissions are looped over.
     """
     decodes, victims, num_free = _plan_decodes(view)
-    budget = view.limits.max_num_batched_tokens - len(decodes.rows)
+    budget = view.limits.max_num_batched_tokens - len(decodes.roster)
     prefills = _Prefills(view.limits.block_size, budget, num_free)
-    _feed_running(view, prefills, [victim.row for victim in victims])
+    if view.sequences.num_prefilling:
+        _feed_running(view, prefills, [victim.row for victim in victims])
     entries: list[Entry] = []
     groups: list[tuple[int, ...]] = []
     # What gave way would only come back to give way again.
@@ -113,13 +117,9 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
     num_steps = 1
     if max_steps > 1 and not (prefills.chunks or victims or len(view.waiting)):
         num_steps = _look_ahead(view, decodes, max_steps)
-    rows = decode_rows = frozen(decodes.rows, np.intp)
-    if prefills.chunks:
-        rows = frozen(np.concatenate([rows, [chunk.row for chunk in prefills.chunks]]), np.intp)
     return Decision(
         step=step,
-        rows=rows,
-        decode_rows=decode_rows,
+        decodes=decodes.roster,
         decode_positions=frozen(decodes.positions),
         num_steps=num_steps,
         opens_block=frozen(decodes.opens_block, bool),
@@ -128,20 +128,20 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
         entries=tuple(entries),
         beam_groups=tuple(groups),
         victims=tuple(victims),
-        generations=frozen(view.sequences.generation[rows]),
     )
 
 
 def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
     """The decode rows that have their blocks, the rows that give way for that, and the blocks that stay free."""
     sequences, memory = view.sequences, view.memory
-    rows = sequences.decode_rows()
+    roster = sequences.decoding()
+    rows = roster.rows
     positions = sequences.num_tokens[rows] - 1
     # A row's blocks hold its computed tokens exactly, so one is missing where a position starts a block.
     opens_block = (positions & (view.limits.block_size - 1)) == 0
     copy_rows, num_copies = _rows_to_copy(view, rows, positions, opens_block)
-    decodes = _Decodes(rows, positions, opens_block, copy_rows, num_copies)
-    shortage = decodes.num_blocks - memory.pool.num_free
+    decodes = _Decodes(roster, positions, opens_block, copy_rows, num_copies)
+    shortage = decodes.num_blocks() - memory.pool.num_free
     if shortage <= 0:
         return decodes, [], -shortage
     needy = np.concatenate([rows[opens_block], copy_rows])
@@ -149,7 +149,7 @@ def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
     gone = [victim.row for victim in victims]
     decodes = decodes.without(gone)
     decodes.num_copies = min(num_copies, len(decodes.copy_rows))
-    return decodes, victims, memory.pool.num_free + num_freed - decodes.num_blocks
+    return decodes, victims, memory.pool.num_free + num_freed - decodes.num_blocks()
 
 
 def _look_ahead(view: SchedulerView, decodes: _Decodes, max_steps: int) -> int:
@@ -159,9 +159,9 @@ def _look_ahead(view: SchedulerView, decodes: _Decodes, max_steps: int) -> int:
     """
     sequences, block_size = view.sequences, view.limits.block_size
     # Entries that were replaced go to the device with this step, too: more than a small one has room for.
-    if not len(decodes.rows) or view.memory.table.has_replaced or sequences.has_beams:
+    if not len(decodes.roster) or view.memory.table.has_replaced or sequences.has_beams:
         return 1
-    left = sequences.max_total_len[decodes.rows] - decodes.positions - 1
+    left = decodes.roster.max_total_len - decodes.positions - 1
     num_steps = min(max_steps, block_size, int(left.max()))
     to_border = -decodes.positions % block_size  # tokens before the first of a block
     while num_steps > 1:

@@ -15,9 +15,9 @@ def answer_chunks(plan: StepPlan, sequences: SequenceTable, memory: KVMemory, he
     Args:
         healthy: live rows that sampled, and whose answer is finite.
     """
-    generations = plan.generations[len(plan.decode_rows) :]
     ends = (plan.prefill_starts + plan.prefill_lens).tolist()
-    chunks = zip(plan.prefill_rows.tolist(), ends, plan.prefill_samples.tolist(), generations.tolist(), strict=True)
+    generations = plan.prefill_generations.tolist()
+    chunks = zip(plan.prefill_rows.tolist(), ends, plan.prefill_samples.tolist(), generations, strict=True)
     well = set(healthy.tolist())
     for row, end, samples, generation in chunks:
         if sequences.generation[row] != generation or (samples and row not in well):

@@ -13,7 +13,7 @@ on, makes digest n+1 drop its token.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,20 +26,26 @@ from jaxserve.scheduler.decision import Decision
 from jaxserve.scheduler.finish import BeamAnswer, Finished, StepEvents
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
+from jaxserve.scheduler.roster import Roster
 from jaxserve.scheduler.searches import EndedSearch, Searches
-from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable, WaitingQueue, same
+from jaxserve.scheduler.sequences import Request, Sequence, SequenceTable
+from jaxserve.scheduler.waiting import WaitingQueue
 from jaxserve.types import MAX_N, MAX_STOP_TOKEN_IDS
 
 
-@dataclass(frozen=True, slots=True)
-class _InFlight:
-    """A committed plan whose answer is due: one entry a sampled row, with the position of its first token."""
+class _InFlight(NamedTuple):
+    """A committed plan whose answer is due.
+
+    Attributes:
+        roster: the rows that sample.
+        positions: [S] of the first token that each samples.
+        may_end: whether one of them may get to its longest with that.
+    """
 
     plan: StepPlan
-    rows: np.ndarray
+    roster: Roster
     positions: np.ndarray
-    generations: np.ndarray
-    sequences: np.ndarray
+    may_end: bool
 
 
 class Scheduler:
@@ -171,9 +177,8 @@ class Scheduler:
         Cost: a few numpy operations on the step's rows; Python only for sequences that enter or give way.
         """
         assert decision.step == self._num_steps, f"decision {decision.step} is stale: step {self._num_steps} is next"
-        generations = self.sequences.generation[decision.rows]
-        assert same(generations, decision.generations), (
-            f"rows {decision.rows[generations != decision.generations]} have moved on"
+        assert decision.decodes.num_releases == self.sequences.num_releases, (
+            f"decision {decision.step} is stale: rows were taken away since"
         )
         for victim in decision.victims:
             publishing.publish(self.sequences, self.memory, victim.row)
@@ -184,51 +189,30 @@ class Scheduler:
             self.counters.host_full += victim.host_full
         self.counters.copied_blocks += len(plan.copy_from)
         for entry in decision.entries:
-            self._count_hits(entry.sequence, entry.num_stored)
+            self.counters.count_hits(entry.sequence, entry.num_stored, caches=self.memory.caches)
         for group in plan.beam_groups:
             self._searches.start(group)
-        self._in_flight.append(self._advance(decision.decode_rows, plan))
+        self._in_flight.append(self._advance(decision.decodes, plan))
         self._num_steps += 1
         return plan
 
-    def _count_hits(self, sequence: Sequence, num_stored: int) -> None:
-        """Notes what the cache spared a sequence that enters for the first time."""
-        if sequence.num_cached_tokens >= 0:
-            return
-        num_prompt = len(sequence.request.prompt_token_ids)
-        sequence.num_cached_tokens = 0
-        if sequence.index == 0 and sequence.request.reads_cache and self.memory.caches:
-            # Of a prompt that is cached as a whole, the last token is still computed, for its logits.
-            sequence.num_cached_tokens = min(num_stored, num_prompt - 1)
-            self.counters.prefix_queries += num_prompt
-            self.counters.prefix_hits += sequence.num_cached_tokens
-
-    def _advance(self, rows: np.ndarray, plan: StepPlan) -> _InFlight:
-        """Moves the rows' counts past the plan's tokens; returns what its answer will be matched with.
-
-        Args:
-            rows: intp[D] the plan's decode rows.
-        """
-        sequences = self.sequences
-        positions = plan.decode_positions + 1
-        generations = plan.generations
+    def _advance(self, decodes: Roster, plan: StepPlan) -> _InFlight:
+        """Moves the rows' counts past the plan's tokens; returns what its answer will be matched with."""
+        sequences, positions = self.sequences, plan.decode_positions + 1
         if plan.num_steps > 1:
-            ends = np.minimum(plan.decode_positions + plan.num_steps, sequences.max_total_len[rows] - 1)
-            sequences.num_computed[rows] = ends
-            sequences.num_tokens[rows] = ends + 1
-            return _InFlight(plan, rows, positions, generations, sequences.of_rows(rows))
-        sequences.num_computed[rows] = positions
-        if len(plan.prefill_rows):
-            ends = plan.prefill_starts + plan.prefill_lens
-            sequences.num_computed[plan.prefill_rows] = ends
-            sampled, samples = plan.prefill_rows[plan.prefill_samples], plan.prefill_samples
-            sequences.on_device[sampled] = True
-            rows = np.concatenate([rows, sampled])
-            positions = np.concatenate([positions, ends[samples]])
-            num_decodes = len(plan.decode_rows)
-            generations = np.concatenate([generations[:num_decodes], generations[num_decodes:][samples]])
-        sequences.num_tokens[rows] = positions + 1
-        return _InFlight(plan, rows, positions, generations, sequences.of_rows(rows))
+            ends = np.minimum(plan.decode_positions + plan.num_steps, decodes.max_total_len - 1)
+            return _InFlight(plan, decodes, positions, sequences.advance(decodes.rows, ends, plan.num_steps))
+        may_end = sequences.advance(decodes.rows, positions)
+        if not len(plan.prefill_rows):
+            return _InFlight(plan, decodes, positions, may_end)
+        ends = plan.prefill_starts + plan.prefill_lens
+        sequences.num_computed[plan.prefill_rows] = ends
+        if not np.count_nonzero(plan.prefill_samples):
+            return _InFlight(plan, decodes, positions, may_end)
+        sampled = plan.prefill_rows[plan.prefill_samples]
+        sequences.begin_decoding(sampled)
+        roster = sequences.roster_of(np.concatenate([decodes.rows, sampled]))
+        return _InFlight(plan, roster, np.concatenate([positions, ends[plan.prefill_samples]]), may_end=True)
 
     def digest(
         self, plan: StepPlan, tokens: np.ndarray, failed: np.ndarray | None = None, beams: BeamAnswer | None = None
@@ -257,7 +241,7 @@ class Scheduler:
         flight = self._take_flight(plan, tokens.shape[1])
         events: list[StepEvents] = []
         for index in range(plan.num_steps):
-            one = flight if index == 0 else replace(flight, positions=flight.positions + index)
+            one = flight if index == 0 else flight._replace(positions=flight.positions + index)
             events.append(self._digest(one, tokens[index], None if failed is None else failed[index], None))
             if not np.count_nonzero(events[-1].live & (events[-1].finish_codes == finish.CONTINUES)):
                 break
@@ -266,46 +250,56 @@ class Scheduler:
     def _digest(
         self, flight: _InFlight, tokens: np.ndarray, failed: np.ndarray | None, beams: BeamAnswer | None
     ) -> StepEvents:
-        plan = flight.plan
-        live = self.sequences.generation[flight.rows] == flight.generations
-        rows, positions, alive_tokens, alive_failed = flight.rows, flight.positions, tokens, failed
-        all_live = np.count_nonzero(live) == len(live)
-        if not all_live:
-            rows, positions, alive_tokens = rows[live], positions[live], tokens[live]
-            alive_failed = None if failed is None else failed[live]
-        self.sequences.append_known(rows, positions, alive_tokens)
-        if len(plan.prefill_rows):
-            publishing.answer_chunks(
-                plan, self.sequences, self.memory, rows if alive_failed is None else rows[~alive_failed]
-            )
-        codes = finish.finish_codes(self.sequences, rows, positions + 1, alive_tokens, alive_failed)
-        if not all_live:
-            codes, alive_codes = np.zeros(len(live), np.int8), codes
-            codes[live] = alive_codes
+        plan, roster, sequences = flight.plan, flight.roster, self.sequences
+        live = roster.everyone
+        if roster.num_releases != sequences.num_releases:
+            live = sequences.generation[roster.rows] == roster.generations
+        if live is roster.everyone or np.count_nonzero(live) == len(live):
+            codes = self._append(plan, roster, flight.positions, tokens, failed, may_end=flight.may_end)
+        else:
+            alive, alive_failed = roster.subset(live), None if failed is None else failed[live]
+            codes = np.zeros(len(live), np.int8)
+            codes[live] = self._append(plan, alive, flight.positions[live], tokens[live], alive_failed)
         ended_searches: list[EndedSearch] = []
-        is_beam = live & self.sequences.is_beam[flight.rows] if self.sequences.has_beams else None
+        is_beam = live & sequences.is_beam[roster.rows] if sequences.has_beams else None
         if is_beam is not None and np.count_nonzero(is_beam):
-            codes[is_beam & (codes != finish.ERROR)] = finish.CONTINUES  # its search says when it ends
+            codes = np.where(is_beam & (codes != finish.ERROR), np.int8(finish.CONTINUES), codes)  # its search says
             ended_searches = self._advance_searches(flight, is_beam, codes, tokens, beams)
-            live &= ~is_beam
-        finished = self._finish(flight, codes, tokens) if np.count_nonzero(codes) else ()
+            live = live & ~is_beam
+        ends = codes is not roster.all_continue and np.count_nonzero(codes)
         return StepEvents(
             step=plan.step,
-            rows=flight.rows,
+            rows=roster.rows,
             positions=flight.positions,
             tokens=tokens,
             live=live,
             finish_codes=codes,
-            sequences=flight.sequences,
-            finished=finished,
+            sequences=roster.sequences,
+            finished=self._finish(roster, codes, tokens) if ends else (),
             beams=tuple(ended_searches),
         )
+
+    def _append(
+        self,
+        plan: StepPlan,
+        roster: Roster,
+        positions: np.ndarray,
+        tokens: np.ndarray,
+        failed: np.ndarray | None,
+        may_end: bool = True,
+    ) -> np.ndarray:
+        """Takes in the tokens of live rows, and what the plan's chunks have computed; returns finish codes."""
+        lengths = self.sequences.append_known(roster, positions, tokens)
+        if len(plan.prefill_rows):
+            healthy = roster.rows if failed is None else roster.rows[~failed]
+            publishing.answer_chunks(plan, self.sequences, self.memory, healthy)
+        return finish.finish_codes(roster, lengths, tokens, failed, may_end=may_end)
 
     def _take_flight(self, plan: StepPlan, num_tokens: int) -> _InFlight:
         assert self._in_flight, f"plan {plan.step} was not committed"
         flight = self._in_flight.popleft()
         assert flight.plan.step == plan.step, f"plan {plan.step} digested before plan {flight.plan.step}"
-        assert num_tokens == len(flight.rows), f"{num_tokens} tokens for {len(flight.rows)} rows"
+        assert num_tokens == len(flight.roster), f"{num_tokens} tokens for {len(flight.roster)} rows"
         return flight
 
     def _advance_searches(
@@ -313,22 +307,23 @@ class Scheduler:
     ) -> list[EndedSearch]:
         """Lets the searches follow the step, those excepted of which a beam failed; ends those that are over."""
         assert beams is not None, f"plan {flight.plan.step} has beams, its answer has none"
-        failing = {flight.sequences[index].request.request_id for index in codes.nonzero()[0].tolist()}
+        rows, sequences = flight.roster.rows, flight.roster.sequences
+        failing = {sequences[index].request.request_id for index in codes.nonzero()[0].tolist()}
         healthy = [
-            int(flight.rows[index])
+            int(rows[index])
             for index in is_beam.nonzero()[0].tolist()
-            if flight.sequences[index].request.request_id not in failing
+            if sequences[index].request.request_id not in failing
         ]
-        ended = self._searches.advance(flight.rows, flight.positions, tokens, np.array(healthy, np.intp), beams)
+        ended = self._searches.advance(rows, flight.positions, tokens, np.array(healthy, np.intp), beams)
         for request, _ in ended:
             self._end(list(request.sequences))
         return ended
 
-    def _finish(self, flight: _InFlight, codes: np.ndarray, tokens: np.ndarray) -> tuple[Finished, ...]:
+    def _finish(self, roster: Roster, codes: np.ndarray, tokens: np.ndarray) -> tuple[Finished, ...]:
         """Ends the sequences with a code, and with an error all of its request."""
         finished = []
         for index in codes.nonzero()[0].tolist():
-            sequence: Sequence = flight.sequences[index]
+            sequence: Sequence = roster.sequences[index]
             request = sequence.request
             if sequence.row < 0:
                 continue  # it fell with a sibling

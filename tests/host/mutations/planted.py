@@ -17,12 +17,14 @@ PREFIX = "jaxserve/cache/prefix.py"
 SWAP = "jaxserve/cache/swap.py"
 MEMORY = "jaxserve/cache/kv_memory.py"
 SEQUENCES = "jaxserve/scheduler/sequences.py"
+WAITING = "jaxserve/scheduler/waiting.py"
 ADMISSION = "jaxserve/scheduler/admission.py"
 POLICY = "jaxserve/scheduler/policy.py"
 PLANNER = "jaxserve/scheduler/planner.py"
 COMMITTING = "jaxserve/scheduler/committing.py"
 SCHEDULER = "jaxserve/scheduler/scheduler.py"
 FINISH = "jaxserve/scheduler/finish.py"
+COUNTERS = "jaxserve/scheduler/counters.py"
 
 UNIT_CACHE = "tests/host/cache --ignore=tests/host/cache/test_kv_machine.py"  # which would shrink what it found
 UNIT_SCHEDULER = "tests/host/scheduler/test_scheduler.py"
@@ -194,7 +196,7 @@ PLANTED = (
     ),
     Planted(
         "a hit counts tokens that were computed",
-        SCHEDULER,
+        COUNTERS,
         "min(num_stored, num_prompt - 1)",
         "num_stored",
         UNIT_ADMISSION,
@@ -337,7 +339,7 @@ PLANTED = (
     ),
     Planted(
         "the preempted go to the end of the queue",
-        SEQUENCES,
+        WAITING,
         "self._sequences.insert(self._place(sequence), sequence)",
         "self._sequences.append(sequence)",
         PREEMPTION,
@@ -356,13 +358,43 @@ PLANTED = (
         "            pass\n",
         UNIT_VICTIMS,
     ),
+    # The roster.
+    Planted(
+        "the roster outlives an end",
+        SEQUENCES,
+        "        self._decoding = None\n        self.num_prefilling -= len(rows) - int",
+        "        self.num_prefilling -= len(rows) - int",
+        UNIT_SCHEDULER,
+    ),
+    Planted(
+        "the roster misses who begins to decode",
+        SEQUENCES,
+        "        self.num_prefilling -= len(rows)\n        self._decoding = None\n",
+        "        self.num_prefilling -= len(rows)\n",
+        UNIT_SCHEDULER,
+    ),
+    Planted(
+        "the roster keeps who is at the longest",
+        SEQUENCES,
+        "if self._decoding is None or self._num_steps_left <= 0:\n            rows =",
+        "if self._decoding is None:\n            rows =",
+        UNIT_SCHEDULER,
+    ),
+    Planted(
+        "nobody is looked at for being at the longest",
+        SEQUENCES,
+        "        self._num_steps_left -= num_steps\n        return self._num_steps_left <= 0\n",
+        "        self._num_steps_left -= num_steps\n        return False\n",
+        UNIT_SCHEDULER,
+    ),
+    Planted("a release goes uncounted", SEQUENCES, "        self.num_releases += 1\n", "", UNIT_SCHEDULER),
     # Steps ahead, lifetimes.
     Planted("the row's generation stays", SEQUENCES, "        self.generation[rows] += 1\n", "", UNIT_SCHEDULER),
     Planted(
         "an answer for an older tenant is taken",
         SCHEDULER,
-        "live = self.sequences.generation[flight.rows] == flight.generations",
-        "live = self.sequences.active[flight.rows]",
+        "live = sequences.generation[roster.rows] == roster.generations",
+        "live = sequences.active[roster.rows]",
         UNIT_SCHEDULER,
     ),
     Planted(
@@ -403,7 +435,7 @@ PLANTED = (
     Planted(
         "a loop goes past a sequence's end",
         SCHEDULER,
-        "ends = np.minimum(plan.decode_positions + plan.num_steps, sequences.max_total_len[rows] - 1)",
+        "ends = np.minimum(plan.decode_positions + plan.num_steps, decodes.max_total_len - 1)",
         "ends = plan.decode_positions + plan.num_steps",
         SIMULATION,
     ),
@@ -417,7 +449,7 @@ PLANTED = (
     Planted(
         "the step's budget is overdrawn",
         PLANNER,
-        "view.limits.max_num_batched_tokens - len(decodes.rows)",
+        "view.limits.max_num_batched_tokens - len(decodes.roster)",
         "view.limits.max_num_batched_tokens",
         UNIT_SCHEDULER,
     ),
@@ -452,14 +484,14 @@ PLANTED = (
     Planted(
         "a sequence ends a token late",
         FINISH,
-        "at_end = lengths >= sequences",
-        "at_end = lengths > sequences",
+        "at_end = lengths >= roster",
+        "at_end = lengths > roster",
         UNIT_SCHEDULER,
     ),
     Planted(
         "a stop before min_tokens ends",
         FINISH,
-        "stops.any(axis=0) & (lengths >= sequences.min_stop_len[rows])",
+        "stops.any(axis=0) & (lengths >= roster.min_stop_len)",
         "stops.any(axis=0)",
         UNIT_SCHEDULER,
     ),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -171,7 +169,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def late_and_stale_plans(self):
         """A plan is committed once, and its answer taken in its turn; nothing changes when it is not."""
         scheduler, newest = self.sim.scheduler, self.sim.undigested[-1]
-        decision = replace(scheduler.plan(), step=newest.plan.step)
+        decision = scheduler.plan()._replace(step=newest.plan.step)
         with pytest.raises(AssertionError, match="stale"):
             scheduler.commit(decision)
         scheduler.check_integrity()

@@ -213,9 +213,13 @@ class Search:
         running = [None if s is None else (s.place, s.num_preemptions, s.caches) for s in rows.sequences]
         flights = [
             (
-                (f.rows.tolist(), f.positions.tolist(), (rows.generation[f.rows] == f.generations).tolist()),
+                (
+                    f.roster.rows.tolist(),
+                    f.positions.tolist(),
+                    (rows.generation[f.roster.rows] == f.roster.generations).tolist(),
+                ),
                 (f.plan.prefill_rows.tolist(), f.plan.prefill_starts.tolist(), f.plan.prefill_lens.tolist()),
-                (rows.generation[f.plan.prefill_rows] == f.plan.generations[len(f.plan.decode_rows) :]).tolist(),
+                (rows.generation[f.plan.prefill_rows] == f.plan.prefill_generations).tolist(),
             )
             for f in scheduler._in_flight
         ]
