@@ -118,3 +118,31 @@ def as_scale(scale: Any) -> jax.Array:
 
 def _listed(values: tuple[Any, ...]) -> str:
     return ", ".join(str(value) for value in values)
+
+
+# --- TPU ---------------------------------------------------------------------------------------------------
+
+# The order in memory, outermost first, of the axes of a pool [P, C, K, 2H] on a TPU: a head's tokens lie one after
+# another, so that its part of a block is whole tiles. A program whose pool lies otherwise copies all of it.
+TPU_POOL_ORDER = (0, 2, 1, 3)
+
+
+def tpu_pool_format(sharding: jax.sharding.Sharding) -> Any:
+    """What a donated pool must be declared with, as a jit's input and output, for the TPU kernels to work in place."""
+    from jax.experimental.layout import Format, Layout
+
+    return Format(Layout(TPU_POOL_ORDER), sharding)
+
+
+def by_head(cache: jax.Array) -> jax.Array:
+    """[P, K, C, 2H] of a pool [P, C, K, 2H], and back. Of a pool in `tpu_pool_format` it moves nothing."""
+    return jnp.swapaxes(cache, 1, 2)
+
+
+def tpu_interpret(interpret: Interpret) -> Any:
+    """The value of pallas_call's `interpret` for ours."""
+    if interpret is not True:
+        return interpret
+    from jax.experimental.pallas import tpu as pltpu
+
+    return pltpu.InterpretParams()
