@@ -15,6 +15,7 @@ multiplies its state by one and adds zero. So a token's bits are those of its se
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from pallas_kernels.ragged_paged_attention.tuning import Tiles, tiles_for
 
 _LANES = 128
 _FLOOR = -1e30  # the running maximum before any key: finite, so that exp(-inf - floor) is 0 and not NaN
+_UNROLLED_COPIES = 4
 _SMEM_BYTES = 768 * 1024  # of a core's 1 MiB of scalar memory, for block tables and lengths
 
 
@@ -40,12 +42,14 @@ class Config(NamedTuple):
         token_rows: rows of a token in it.
         table_width: blocks a sequence's table has.
         head_dim: H.
+        heads_at_once: kv heads that are written out one after another.
     """
 
     q_tile: int
     token_rows: int
     table_width: int
     head_dim: int
+    heads_at_once: int
     scale: float
     window: int | None
     softcap: float | None
@@ -121,7 +125,8 @@ def attention_tpu(
     message = f"block_tables of {num_rows} x {table_width} take {wanted} bytes of scalar memory, which has room for "
     require(wanted <= _SMEM_BYTES, message + f"{_SMEM_BYTES}: use larger blocks, fewer rows or shorter contexts")
 
-    config = Config(1, 8 if group <= 8 else 16, table_width, head_dim, scale, window, softcap, sinks is not None, tiles)
+    options = (scale, window, softcap, sinks is not None, tiles)
+    config = Config(1, 8 if group <= 8 else 16, table_width, head_dim, tiles.decode_heads, *options)
     of_sequences = (block_tables.reshape(-1), seq_lens, cu_q_lens)
     kv_scales = jnp.concatenate([as_scale(k_scale), as_scale(v_scale)])
     call = partial(_attend_tiles, by_head(cache), of_sequences, kv_scales, sinks, interpret=interpret)
@@ -129,7 +134,7 @@ def attention_tpu(
     most = min(num_rows, num_tokens)
     each = jnp.arange(most, dtype=jnp.int32)
     decoded = call(q[:most], each, jnp.where(each < num_decode, each + 1, 0), config=config)
-    config = config._replace(q_tile=tiles.q_tile, token_rows=group)
+    config = Config(tiles.q_tile, group, table_width, head_dim, tiles.chunk_heads, *options)
     out = call(q, *_sequences_of_tiles(num_tokens, cu_q_lens, num_seqs, num_decode, tiles.q_tile), config=config)
     is_decode = (each < num_decode)[:, None, None]
     return out.at[:most].set(jnp.where(is_decode, decoded, out[:most]))
@@ -188,7 +193,9 @@ def _attend_tiles(
         ),
         out_shape=jax.ShapeDtypeStruct((num_tiles, num_kv_heads, rows, value_width), q.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.vmem_limit_mib << 20
+            dimension_semantics=("arbitrary",),
+            vmem_limit_bytes=tiles.vmem_limit_mib << 20,
+            disable_bounds_checks=True,  # ids are clamped; four copies take 34 cycles to issue and not 94
         ),
         interpret=tpu_interpret(interpret),
         name=f"ragged_paged_attention_{'decode' if config.q_tile == 1 else 'chunk'}",
@@ -252,7 +259,8 @@ def _kernel(*refs: Any, config: Config) -> None:
 
     @pl.when((tile == scalars.first_tile[0]) & (first < end))
     def _():
-        fetches.start(Work(tile, first, fetches.keys_of(tile, first).first_tile), 0)
+        keys = fetches.keys_of(tile, first)
+        fetches.start(Work(tile, first, keys.first_tile), keys.limit, 0)
 
     def fold_sequence(sequence: Any, carry: None) -> None:
         keys = fetches.keys_of(tile, sequence)
@@ -263,7 +271,7 @@ def _kernel(*refs: Any, config: Config) -> None:
             folds[0] = folds[0] + 1
             work = Work(tile, sequence, kv_tile)
             fetches.start_next(work, keys, 1 - slot)
-            fetches.wait(work, slot)
+            fetches.wait(work, keys.limit, slot)
             _clear_past(buffers, slot, keys.limit - kv_tile * config.tiles.kv_tile)
             state = (highest, total, weighted)
             _fold_heads(q_ref, buffers, slot, state, last_seen, kv_tile, scalars.kv_scales[0], config)
@@ -298,24 +306,29 @@ class Fetches(NamedTuple):
         first = jnp.maximum(first_token + to_position - config.window + 1, 0) // config.tiles.kv_tile
         return Keys(limit, jnp.minimum(first, end_tile - 1), end_tile)
 
-    def _copies(self, work: Work, slot: Any, act: Any) -> None:
-        """`act` on the copy of each block of a tile that has keys to see."""
+    def start(self, work: Work, limit: Any, slot: Any) -> None:
+        """Starts the copy of each block of a tile that has keys below `limit`."""
+        first, count = self._blocks(work, limit)
+        at = work.sequence * self.config.table_width + first
+
+        def copy(i: Any) -> None:
+            block = jnp.clip(self.scalars.tables[at + i], 0, self.pool.shape[0] - 1)
+            self._copy(block, slot, i).start()
+
+        _repeat(count, copy)
+
+    def wait(self, work: Work, limit: Any, slot: Any) -> None:
+        """Waits for as many blocks as were started; of a copy that is waited for, only the size matters."""
+        _repeat(self._blocks(work, limit)[1], lambda i: self._copy(0, slot, i).wait())
+
+    def _blocks(self, work: Work, limit: Any) -> tuple[Any, Any]:
+        """Where in its sequence's table a tile begins, and how many blocks of it have keys below `limit`."""
         per_tile, block_size = self.buffers.shape[2:4]
         first = work.kv_tile * per_tile
-        count = jnp.minimum(pl.cdiv(self.keys_of(work.tile, work.sequence).limit, block_size) - first, per_tile)
+        return first, jnp.minimum(pl.cdiv(limit, block_size) - first, per_tile)
 
-        def of_block(i: Any, carry: None) -> None:
-            block = self.scalars.tables[work.sequence * self.config.table_width + first + i]
-            block = jnp.clip(block, 0, self.pool.shape[0] - 1)
-            act(pltpu.make_async_copy(self.pool.at[block], self.buffers.at[slot, :, i], self.semaphores.at[slot]))
-
-        lax.fori_loop(0, count, of_block, None)
-
-    def start(self, work: Work, slot: Any) -> None:
-        self._copies(work, slot, lambda copy: copy.start())
-
-    def wait(self, work: Work, slot: Any) -> None:
-        self._copies(work, slot, lambda copy: copy.wait())
+    def _copy(self, block: Any, slot: Any, i: Any) -> Any:
+        return pltpu.make_async_copy(self.pool.at[block], self.buffers.at[slot, :, i], self.semaphores.at[slot])
 
     def start_next(self, work: Work, keys: Keys, slot: Any) -> None:
         """Starts what comes after `work`: the sequence's next tile, the next sequence's first, the next grid step's."""
@@ -327,8 +340,24 @@ class Fetches(NamedTuple):
 
         @pl.when(in_tile | (sequence < s.ends[tile]))
         def _():
-            first = self.keys_of(tile, sequence).first_tile
-            self.start(Work(tile, sequence, jnp.where(in_sequence, work.kv_tile + 1, first)), slot)
+            others = self.keys_of(tile, sequence)
+            kv_tile = jnp.where(in_sequence, work.kv_tile + 1, others.first_tile)
+            self.start(Work(tile, sequence, kv_tile), others.limit, slot)
+
+
+def _repeat(count: Any, act: Any) -> None:
+    """act(0) ... act(count - 1), four at a time: a copy's issue is a chain of scalar reads, and four overlap."""
+
+    def four(i: Any, carry: None) -> None:
+        for k in range(_UNROLLED_COPIES):
+            act(i * _UNROLLED_COPIES + k)
+
+    def one(i: Any, carry: None) -> None:
+        act(i)
+
+    groups = count // _UNROLLED_COPIES
+    lax.fori_loop(0, groups, four, None)
+    lax.fori_loop(groups * _UNROLLED_COPIES, count, one, None)
 
 
 def _last_seen(scalars: Scalars, tile: Any, sequence: Any, config: Config) -> jax.Array:
@@ -384,9 +413,7 @@ def _fold_heads(
         kv = buffers[slot, head].reshape(keys, width).astype(q_ref.dtype)
         _fold(q_ref[head], kv, tuple(ref.at[head] for ref in state), seen, scale, config)
 
-    together = min(config.tiles.unrolled_heads, num_kv_heads)
-    if num_kv_heads % together:
-        together = 1
+    together = math.gcd(config.heads_at_once, num_kv_heads)
 
     def fold_some(first: Any, carry: None) -> None:
         for i in range(together):
@@ -423,11 +450,9 @@ def _finish(out_ref: Any, total: Any, weighted: Any, v_scale: Any) -> None:
     """Writes values by weight; zeros for rows that saw no key."""
 
     def finish_head(head: Any, carry: None) -> None:
-        lanes = total[head]
-        for shift in (64, 32, 16, 8, 4, 2, 1):  # lane i + lane i + shift: all lanes end with the sum, in one order
-            lanes = lanes + jnp.concatenate([lanes[:, shift:], lanes[:, :shift]], axis=1)
-        divisor = _widen(jnp.where(lanes == 0.0, 1.0, lanes), weighted.shape[2])
-        out_ref[head] = (weighted[head] * v_scale / divisor).astype(out_ref.dtype)
+        weights = jnp.sum(total[head], axis=1, keepdims=True)
+        share = v_scale / jnp.where(weights == 0.0, 1.0, weights)
+        out_ref[head] = (weighted[head] * share).astype(out_ref.dtype)
 
     lax.fori_loop(0, total.shape[0], finish_head, None)
 
