@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 ROWS = 64  # of a wgmma's left side and result: one warpgroup
 SWIZZLE_BYTES = 128  # the widest pattern by which TMA and wgmma spread a tile's rows over the banks
+PIECE = 64  # columns that fill such a pattern in bfloat16; what kernels take of a tile at once
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # 0.10.2
 _STORES_BY_SWAP = not hasattr(plgpu, "store")  # 0.10.2
 
@@ -85,9 +86,12 @@ def interpreter_params(**options: Any) -> Any:
 
 
 def tiled(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory [..., rows, columns] in the tiled, swizzled order that TMA fills and wgmma reads."""
+    """Shared memory [..., rows, columns] in the tiled, swizzled order that TMA fills and wgmma reads.
+
+    It can be read and written 64 columns at a time.
+    """
     width = jnp.dtype(dtype).itemsize
-    swizzle = min(SWIZZLE_BYTES, shape[-1] * width)
+    swizzle = min(SWIZZLE_BYTES, PIECE * width)
     transforms = (plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
@@ -144,6 +148,7 @@ class Registers(NamedTuple):
             total = jnp.zeros(shape, jnp.float32)
             for left, right in factors:
                 total += _interpreted_product(left, right)
+            plgpu.commit_smem()  # wgmma reads as TMA writes, by the async proxy: plain reads must be ordered with it
             return total
 
         def accumulate(sum_ref: Any) -> jax.Array:

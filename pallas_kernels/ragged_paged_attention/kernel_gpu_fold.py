@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import (
+    PIECE,
     ROWS,
     Registers,
     Transposed,
@@ -38,7 +39,6 @@ from pallas_kernels.ragged_paged_attention.kernel_gpu_work import (
 
 LOG2_E = math.log2(math.e)
 LOWEST = -(2.0**127)  # the maximum of no keys: a whole number, finite so that differences are numbers
-PIECE = 64  # columns of a product with values, and of what goes out at once
 
 
 class State(NamedTuple):
@@ -207,12 +207,18 @@ def copy_keys_and_values(sizes: Sizes, job: Job, step: Any, lane: Any, tables: A
 
 
 class Worker(NamedTuple):
-    """The warpgroup of a lane that multiplies."""
+    """The warpgroup of a lane that multiplies.
+
+    Attributes:
+        k_scale, v_scale: what stored keys and values are multiplied by, or None.
+    """
 
     sizes: Sizes
     registers: Registers
     scratch: Scratch
     lane: Any
+    k_scale: Any
+    v_scale: Any
 
     def load_queries(self, q: Any, job: Job) -> None:
         """64 rows from the job's first query on: those past its own belong to others and come to nothing."""
@@ -287,9 +293,13 @@ class Worker(NamedTuple):
             for part in range(sizes.parts):
                 plgpu.barrier_arrive(self.scratch.emptied.at[self.slot(step + part)])
         if sizes.softcap is None:
-            return products * jnp.float32(sizes.scale * LOG2_E)
-        capped = lax.tanh(products * jnp.float32(sizes.scale / sizes.softcap))
+            return products * self.scaled(sizes.scale * LOG2_E)
+        capped = lax.tanh(products * self.scaled(sizes.scale / sizes.softcap))
         return capped * jnp.float32(sizes.softcap * LOG2_E)
+
+    def scaled(self, factor: float) -> jax.Array:
+        """What products with stored keys are multiplied by."""
+        return jnp.float32(factor) if self.k_scale is None else jnp.float32(factor) * self.k_scale
 
     def masked(self, job: Job, tile: Any, scores: jax.Array) -> jax.Array:
         """Scores with -inf where a query does not see a key; query i of the job has rows i G ... i G + G - 1."""
@@ -346,7 +356,7 @@ class Worker(NamedTuple):
                 self.registers.store(target.at[:, columns], term)
         plgpu.commit_smem()
 
-    def store_output(self, out: Any, job: Job, state: State, sink: Any, v_scale: Any) -> None:
+    def store_output(self, out: Any, job: Job, state: State, sink: Any) -> None:
         """out[TOKEN ... TOKEN + QUERIES - 1, the kv head's query heads, the part's columns]."""
         sizes = self.sizes
         if sink is not None:
@@ -354,7 +364,7 @@ class Worker(NamedTuple):
         total = without_zeros(self.registers, state.total)
         for i, piece in enumerate(state.values):
             rows = self.scratch.out_rows.at[self.lane]
-            piece = finished(piece, self.registers.across(total, PIECE), v_scale)
+            piece = finished(piece, self.registers.across(total, PIECE), self.v_scale)
             self.registers.store(rows, piece.astype(sizes.q_dtype))
             plgpu.commit_smem()
             columns = pl.ds(job.part * sizes.columns + i * PIECE, PIECE)
@@ -431,7 +441,8 @@ def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scrat
 
     @pl.when(warpgroup < tiles.lanes)
     def _() -> None:
-        this = Worker(sizes, registers, scratch, lane)
+        k_scale, v_scale = (refs.scales[0], refs.scales[1]) if sizes.has_scales else (None, None)
+        this = Worker(sizes, registers, scratch, lane, k_scale, v_scale)
 
         def work(nth: Any, step: Any) -> Any:
             job = read_job(sizes, refs.items, worker + nth * tiles.workers)
@@ -456,8 +467,7 @@ def store(worker: Worker, refs: Any, job: Job, state: State) -> None:
     @pl.when(job.place < 0)
     def _() -> None:
         sink = worker.registers.load(refs.sinks.at[job.head]) if sizes.has_sinks else None
-        v_scale = refs.scales[1] if sizes.has_scales else None
-        worker.store_output(refs.out, job, state, sink, v_scale)
+        worker.store_output(refs.out, job, state, sink)
 
     if sizes.splits_held:
 

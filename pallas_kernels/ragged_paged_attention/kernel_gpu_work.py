@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.common import is_fp8
 from pallas_kernels.mosaic_gpu import ROWS
-from pallas_kernels.ragged_paged_attention.tuning_gpu import Tiles, terms_of
+from pallas_kernels.ragged_paged_attention.tuning_gpu import Tiles, columns_of_slot, terms_of
 
 
 class Sizes(NamedTuple):
@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     @property
     def columns(self) -> int:
         """Of a slot of the ring."""
-        return min(self.head_dim, 128)
+        return columns_of_slot(self.head_dim, self.kv_dtype)
 
     @property
     def parts(self) -> int:

@@ -19,7 +19,7 @@ class Tiles:
     """Static sizes. `kv_tile` and `kv_split` decide the order of sums, so the bits; the others only the speed.
 
     A CTA has `lanes` independent workers, each two warpgroups: one copies keys and values by TMA into a ring of
-    `ring` slots, one multiplies. A slot is [kv_tile, min(H, 128)] of keys or of values: 16 KiB for bfloat16 tiles
+    `ring` slots, one multiplies. A slot is [kv_tile, at most 128] of keys or of values: 16 KiB for bfloat16 tiles
     of 64 x 128 or 128 x 64. H200: 4.3 TB/s over 132 SMs are 33 KB/us each; at about 1 us from a request to its
     data 33 KB must be under way. Two lanes of 4 slots, the one being multiplied not counted, are 96 KiB: three
     times that. A slot takes a lane 1 us at that rate and about 0.4 us of tensor core, exponentials and sums.
@@ -67,10 +67,14 @@ def terms_of(dtype: Any) -> int:
     return 3 if jnp.dtype(dtype) == jnp.float32 else 1
 
 
+def columns_of_slot(head_dim: int, kv_dtype: Any) -> int:
+    """How much of a key or a value a slot holds: 128, and 64 of 256 in float32, of which no wider one fits."""
+    return min(head_dim, 64 if terms_of(kv_dtype) == 3 and head_dim == 256 else 128)
+
+
 def shared_bytes(tiles: Tiles, head_dim: int, q_dtype: Any, kv_dtype: Any) -> int:
     """Shared memory of a CTA: queries, ring, what is converted before it is multiplied, rows on their way out."""
-    columns = min(head_dim, 128)
-    slot = tiles.kv_tile * columns
+    slot = tiles.kv_tile * columns_of_slot(head_dim, kv_dtype)
     queries = ROWS * head_dim * 2 * terms_of(q_dtype)
     ring = tiles.ring * slot * jnp.dtype(kv_dtype).itemsize
     converted = 0 if jnp.dtype(kv_dtype) == jnp.bfloat16 else slot * 2 * terms_of(kv_dtype)

@@ -1,0 +1,51 @@
+"""Mosaic GPU's interpreter for tests: its parameters, and what makes jax 0.10.2's bearable."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from jax._src import core
+from jax._src.pallas.mosaic.interpret import thread_map
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas_kernels.mosaic_gpu import interpreter_params
+
+DETECTS_RACES = jax.__version_info__ >= (0, 11)  # 0.10.2 takes the option and does nothing
+
+
+def params() -> Any:
+    """Fresh memory is NaN; a read out of bounds raises, and so does a race where this jax looks for races."""
+    return interpreter_params(uninitialized_memory="nan", detect_races=DETECTS_RACES)
+
+
+def _evaluate(jaxpr: Any, consts: Any, *args: Any) -> None:
+    core.eval_jaxpr(jaxpr, consts, *args)
+
+
+_evaluate_compiled = jax.jit(_evaluate, static_argnums=(0,))
+
+
+def _run_compiled_once(jaxpr: Any, consts: Any, *args: Any) -> None:
+    _evaluate_compiled.trace(jaxpr, consts, *args).lower().compile()(consts, *args)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_threads_once() -> Iterator[None]:
+    """jax 0.10.2 compiles the kernel anew for each thread of each CTA, since it jits a function that it has just
+    defined: 20 s for what takes one. Later versions jit a function of the module, as is done here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if "def _run(" in inspect.getsource(thread_map._run_jaxpr):
+            patch.setattr(thread_map, "_run_jaxpr", _run_compiled_once)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def forget_failures() -> Iterator[None]:
+    """The interpreter keeps the memory of a kernel that raised: the next test would find it."""
+    yield
+    gpu_callbacks.reset_gpu_interpret_mode_state()
