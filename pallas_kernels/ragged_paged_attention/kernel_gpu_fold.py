@@ -267,7 +267,10 @@ class Worker(NamedTuple):
         return State(top, total, tuple(values))
 
     def scores(self, job: Job, tile: Any, step: Any) -> jax.Array:
-        """f32[64, kv_tile] scores times log2 e, unmasked."""
+        """f32[64, kv_tile] scores times log2 e, unmasked.
+
+        Rounded here: no fused multiply-add may take the product and what is subtracted from it later in one.
+        """
         sizes = self.sizes
         queries = self.scratch.queries.at[self.lane]
 
@@ -293,9 +296,9 @@ class Worker(NamedTuple):
             for part in range(sizes.parts):
                 plgpu.barrier_arrive(self.scratch.emptied.at[self.slot(step + part)])
         if sizes.softcap is None:
-            return products * self.scaled(sizes.scale * LOG2_E)
+            return lax.optimization_barrier(products * self.scaled(sizes.scale * LOG2_E))
         capped = lax.tanh(products * self.scaled(sizes.scale / sizes.softcap))
-        return capped * jnp.float32(sizes.softcap * LOG2_E)
+        return lax.optimization_barrier(capped * jnp.float32(sizes.softcap * LOG2_E))
 
     def scaled(self, factor: float) -> jax.Array:
         """What products with stored keys are multiplied by."""
@@ -376,7 +379,7 @@ class Worker(NamedTuple):
                 return carry
 
             loop(0, job.queries, store, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def store_state(self, tops: Any, totals: Any, values: Any, job: Job, state: State) -> None:
         """The state of a decoding sequence's split: one query, so the first G rows."""
@@ -389,7 +392,7 @@ class Worker(NamedTuple):
             columns = pl.ds(job.part * sizes.columns + i * PIECE, PIECE)
             target = values.at[pl.ds(heads, sizes.group), columns]
             plgpu.copy_smem_to_gmem(rows.at[pl.ds(0, sizes.group)], target)
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(job.part == 0)
         def _() -> None:
@@ -427,6 +430,8 @@ def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scrat
 
     @pl.when(warpgroup >= tiles.lanes)
     def _() -> None:
+        share_registers(tiles.lanes, copies=True)
+
         def copy(nth: Any, step: Any) -> Any:
             job = read_job(sizes, refs.items, worker + nth * tiles.workers)
             return copy_keys_and_values(sizes, job, step, lane, refs.tables, refs.pool, scratch)
@@ -441,6 +446,7 @@ def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scrat
 
     @pl.when(warpgroup < tiles.lanes)
     def _() -> None:
+        share_registers(tiles.lanes, copies=False)
         k_scale, v_scale = (refs.scales[0], refs.scales[1]) if sizes.has_scales else (None, None)
         this = Worker(sizes, registers, scratch, lane, k_scale, v_scale)
 
@@ -459,6 +465,13 @@ def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scrat
             return step
 
         loop(0, jobs, work, jnp.int32(0))
+
+
+def share_registers(lanes: int, *, copies: bool) -> None:
+    """Four warpgroups have 128 registers a thread each: 80 of a copying one's go to one that multiplies, which holds
+    64 of merged values, 64 of the split's, 32 of a product and 16 of weights. Two warpgroups have 255 each."""
+    if lanes == 2:
+        plgpu.set_max_registers(48 if copies else 208, action="decrease" if copies else "increase")
 
 
 def store(worker: Worker, refs: Any, job: Job, state: State) -> None:

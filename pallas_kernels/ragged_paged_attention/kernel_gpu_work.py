@@ -127,7 +127,8 @@ def list_work(
     nth = item - (ends - counts)[owner]
     row = jnp.minimum(owner, sizes.num_rows - 1)
     is_padding, is_cut = owner == sizes.num_rows, (splits[row] > 0) & (owner < sizes.num_rows)
-    begin = jnp.where(is_cut, 0, nth * per_tile)
+    later = jnp.where(is_padding, nth, query_tiles[row] - 1 - nth)  # a chunk's last tiles see the most keys: first
+    begin = jnp.where(is_cut, 0, later * per_tile)
     queries = jnp.where(is_padding, padding, lengths[row]) - begin
     queries = jnp.minimum(queries, per_tile)
     position = seq_lens[row] - lengths[row] + begin
