@@ -6,7 +6,7 @@ sequences or blocks a program has. None of these sizes was measured: they follow
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pallas_kernels.common import require
 
@@ -88,7 +88,23 @@ def tiles_for(
     bytes_of_key = num_kv_heads * 2 * head_dim * kv_itemsize
     kv_tile = _power_of_two_below(known.fetch_bytes // bytes_of_key, lowest=max(_LANES, block_size), highest=1024)
     q_tile = _power_of_two_below(known.chunk_rows // group, lowest=16, highest=256)
-    return Tiles(kv_tile, q_tile, vmem_limit_mib=limit)
+    tiles = Tiles(kv_tile, q_tile, vmem_limit_mib=limit)
+    sizes = {"num_kv_heads": num_kv_heads, "group": group, "head_dim": head_dim, "kv_itemsize": kv_itemsize}
+    while (
+        tiles.q_tile > 8 and vmem_bytes(tiles, **sizes) > limit * _MIB * 3 // 4
+    ):  # the rest is for intermediate values
+        tiles = replace(tiles, q_tile=tiles.q_tile // 2)
+    return tiles
+
+
+def vmem_bytes(tiles: Tiles, *, num_kv_heads: int, group: int, head_dim: int, kv_itemsize: int) -> int:
+    """What a chunk's call keeps in vector memory, queries and outputs taken as float32."""
+    rows = num_kv_heads * tiles.q_tile * group
+    columns = max(head_dim, _LANES)
+    buffers = 2 * tiles.kv_tile * num_kv_heads * 2 * head_dim * kv_itemsize
+    state = 4 * rows * (2 * _LANES + columns)
+    queries_and_outputs = 2 * 2 * 4 * rows * columns  # each twice: the next tile's come and the last one's go
+    return buffers + state + queries_and_outputs
 
 
 def _power_of_two_below(value: int, lowest: int, highest: int) -> int:
