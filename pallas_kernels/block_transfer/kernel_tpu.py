@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.common import Interpret, by_head, tpu_interpret
 from pallas_kernels.copies_tpu import copy_all
 
-_ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+_ANYWHERE = pl.BlockSpec(memory_space=pltpu.HBM)
 
 
 def block_gather_tpu(cache: jax.Array, ids: jax.Array, *, interpret: Interpret = False) -> jax.Array:

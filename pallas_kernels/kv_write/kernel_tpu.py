@@ -42,9 +42,9 @@ def kv_write_tpu(
             grid=(num_tiles,),
             in_specs=[
                 pl.BlockSpec((num_kv_heads, tiles.token_tile, width), lambda i, *_: (0, i, 0)),
-                pl.BlockSpec(memory_space=pl.ANY),
+                pl.BlockSpec(memory_space=pltpu.HBM),
             ],
-            out_specs=pl.BlockSpec(memory_space=pl.ANY),
+            out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
             scratch_shapes=[
                 pltpu.VMEM((tiles.token_tile, num_kv_heads, _GROUP, width), cache.dtype),
                 pltpu.SemaphoreType.DMA((2,)),

@@ -144,9 +144,9 @@ def _sequences_of_tiles(
     num_tokens: int, cu_q_lens: jax.Array, num_seqs: jax.Array, num_decode: jax.Array, q_tile: int
 ) -> tuple[jax.Array, jax.Array]:
     """i32[tiles] twice: from which sequence, to before which, each tile of the stream has chunks."""
-    starts = jnp.arange(pl.cdiv(num_tokens, q_tile), dtype=jnp.int32) * q_tile
-    begins = jnp.searchsorted(cu_q_lens, starts, side="right").astype(jnp.int32) - 1
-    ends = jnp.searchsorted(cu_q_lens, starts + q_tile, side="left").astype(jnp.int32)
+    starts = jnp.arange(pl.cdiv(num_tokens, q_tile), dtype=jnp.int32)[:, None] * q_tile
+    begins = jnp.sum(cu_q_lens <= starts, axis=1, dtype=jnp.int32) - 1
+    ends = jnp.sum(cu_q_lens < starts + q_tile, axis=1, dtype=jnp.int32)
     return jnp.maximum(begins, num_decode), jnp.minimum(ends, num_seqs)
 
 
@@ -180,7 +180,7 @@ def _attend_tiles(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(scalars),
             grid=(num_tiles,),
-            in_specs=[*in_specs, pl.BlockSpec(memory_space=pl.ANY)],
+            in_specs=[*in_specs, pl.BlockSpec(memory_space=pltpu.HBM)],
             out_specs=_tile_spec(num_kv_heads, rows, value_width),
             scratch_shapes=[
                 pltpu.VMEM((2, num_kv_heads, tiles.kv_tile // block_size, block_size, width), pool.dtype),
