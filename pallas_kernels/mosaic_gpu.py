@@ -25,6 +25,7 @@ PIECE = 64  # columns that fill such a pattern in bfloat16; what kernels take of
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # 0.10.2
 _STORES_BY_SWAP = not hasattr(plgpu, "store")  # 0.10.2
 
+_api: Any = plgpu  # what some version lacks, or types as abstract
 type_of = jax.ShapeDtypeStruct
 
 
@@ -79,7 +80,7 @@ def interpreter(interpret: Any) -> Any:
 def interpreter_params(**options: Any) -> Any:
     """`InterpretGPUParams`, from where this jax keeps it."""
     try:
-        kind = plgpu.InterpretGPUParams
+        kind = _api.InterpretGPUParams
     except AttributeError:  # 0.10.2
         from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams as kind
     return kind(**options)
@@ -92,7 +93,7 @@ def tiled(shape: Sequence[int], dtype: Any) -> Any:
     """
     width = jnp.dtype(dtype).itemsize
     swizzle = min(SWIZZLE_BYTES, PIECE * width)
-    transforms = (plgpu.TilingTransform((8, swizzle // width)), plgpu.SwizzleTransform(swizzle))
+    transforms = (_api.TilingTransform((8, swizzle // width)), _api.SwizzleTransform(swizzle))
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
 
@@ -129,7 +130,7 @@ class Registers(NamedTuple):
         if self.interpreted or _STORES_BY_SWAP:
             ref[...] = array
         else:
-            plgpu.store(ref, array, optimized=False)
+            _api.store(ref, array, optimized=False)
 
     def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
         return self.place(lax.broadcasted_iota(jnp.int32, shape, axis))
@@ -156,7 +157,7 @@ class Registers(NamedTuple):
                 plgpu.wgmma(sum_ref, left, right.ref.transpose((1, 0)) if isinstance(right, Transposed) else right)
             return sum_ref[...]
 
-        return pl.run_scoped(accumulate, plgpu.ACC(shape, jnp.float32))
+        return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
 class Transposed(NamedTuple):

@@ -126,4 +126,3 @@ def sinks_by_row(sizes: Sizes, sinks: jax.Array | None) -> jax.Array:
         return jnp.zeros((1, ROWS), jnp.float32)
     per_head = sinks.reshape(sizes.num_kv_heads, sizes.group) * jnp.float32(LOG2_E)
     return per_head[:, jnp.arange(ROWS) % sizes.group]
-

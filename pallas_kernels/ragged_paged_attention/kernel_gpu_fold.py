@@ -158,8 +158,18 @@ def read_job(sizes: Sizes, items: Any, number: Any) -> Job:
     part = remainder(number, sizes.parts)
     rest = divide(number, sizes.parts)
     head, item = remainder(rest, sizes.num_kv_heads), divide(rest, sizes.num_kv_heads)
-    fields = (ROW, TOKEN, QUERIES, POSITION, FIRST_SPLIT, END_SPLIT, PLACE, LENGTH)
-    return Job(*(items[item, field] for field in fields), head, part)
+    return Job(
+        row=items[item, ROW],
+        token=items[item, TOKEN],
+        queries=items[item, QUERIES],
+        position=items[item, POSITION],
+        first_split=items[item, FIRST_SPLIT],
+        end_split=items[item, END_SPLIT],
+        place=items[item, PLACE],
+        length=items[item, LENGTH],
+        head=head,
+        part=part,
+    )
 
 
 def copy_keys_and_values(sizes: Sizes, job: Job, step: Any, lane: Any, tables: Any, pool: Any, scratch: Scratch) -> Any:
@@ -402,7 +412,7 @@ class Worker(NamedTuple):
 
 
 def pairs_of_terms(left: int, right: int) -> list[tuple[int, int]]:
-    """Which terms of a left and a right side to multiply, small products first: the rest is below float32's last bit."""
+    """Which terms of two sides to multiply, small products first: what is left out is below float32's last bit."""
     pairs = [(a, b) for a in range(left) for b in range(right) if a + b < 3]
     return sorted(pairs, key=lambda pair: -sum(pair))
 

@@ -84,7 +84,7 @@ def shared_bytes(tiles: Tiles, head_dim: int, q_dtype: Any, kv_dtype: Any) -> in
 
 def default_tiles(head_dim: int, q_dtype: Any, kv_dtype: Any) -> Tiles:
     """Tiles for an H100 or H200, by what fits its shared memory: as many slots as there is room for, 8 at most."""
-    wide_tile = 128 if head_dim == 64 and not terms_of(kv_dtype) == 3 else 64
+    wide_tile = 128 if head_dim == 64 and terms_of(kv_dtype) != 3 else 64
     lanes = 1 if terms_of(q_dtype) == 3 or head_dim == 256 else 2
     fitting = [
         tiles

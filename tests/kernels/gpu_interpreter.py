@@ -36,12 +36,16 @@ def _run_compiled_once(jaxpr: Any, consts: Any, *args: Any) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def compile_threads_once() -> Iterator[None]:
     """jax 0.10.2 compiles the kernel anew for each thread of each CTA, since it jits a function that it has just
-    defined: 20 s for what takes one. Later versions jit a function of the module, as is done here.
+    defined: 20 s for what takes one. Later versions jit a function of the module, as is done here. Compiling is most
+    of what a test takes, so XLA is asked for little of it.
     """
+    before = jax.config.values["jax_disable_most_optimizations"]
     with pytest.MonkeyPatch.context() as patch:
+        jax.config.update("jax_disable_most_optimizations", True)
         if "def _run(" in inspect.getsource(thread_map._run_jaxpr):
             patch.setattr(thread_map, "_run_jaxpr", _run_compiled_once)
         yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(autouse=True)

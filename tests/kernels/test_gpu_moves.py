@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -33,7 +34,7 @@ def one_cta(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"pallas_kernels.{kernel}.kernel_gpu.move", small)
 
 
-@lru_cache(maxsize=None)
+@cache
 def program(operation: str, **options: Any) -> Any:
     return jax.jit(partial(OPERATIONS[operation], backend="gpu", interpret=params(), **options))
 
@@ -84,19 +85,18 @@ def bits(array: jax.Array) -> np.ndarray:
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32, 64, 128])
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 3, 5, 8, 32])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("item_bytes", [1, 2, 4])
-def test_a_unit_is_cut_into_boxes_that_the_copy_engine_takes(block_size, num_kv_heads, head_dim, item_bytes):
-    """block_size 1 is a token. Few of them: at least an eighth of the largest a copy could have."""
-    elements = block_size * num_kv_heads * 2 * head_dim
-    pieces = cut(elements, item_bytes)
-    assert pieces.count * pieces.rows * pieces.columns == elements
-    assert max(pieces.rows, pieces.columns) <= MAX_BOX
-    piece = pieces.rows * pieces.columns * item_bytes
-    assert piece <= PIECE_BYTES
-    assert piece % 128 == 0, "shared memory that the copy engine reads begins at multiples of 128 bytes"
-    assert piece >= min(elements * item_bytes, PIECE_BYTES) / 8
+def test_a_unit_is_cut_into_boxes_that_the_copy_engine_takes(block_size: int, item_bytes: int):
+    """block_size 1 is a token. Few boxes: each at least an eighth of the largest there could be."""
+    for num_kv_heads, head_dim in itertools.product((1, 2, 3, 5, 8, 32), (64, 128, 256)):
+        elements = block_size * num_kv_heads * 2 * head_dim
+        pieces = cut(elements, item_bytes)
+        assert pieces.count * pieces.rows * pieces.columns == elements
+        assert max(pieces.rows, pieces.columns) <= MAX_BOX
+        piece = pieces.rows * pieces.columns * item_bytes
+        assert piece <= PIECE_BYTES
+        assert piece % 128 == 0, "shared memory that the copy engine reads begins at multiples of 128 bytes"
+        assert piece >= min(elements * item_bytes, PIECE_BYTES) / 8
 
 
 def test_the_gpu_kv_write_takes_no_tiles():

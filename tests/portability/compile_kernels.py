@@ -18,9 +18,11 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-# Read by libtpu when it is loaded: no server of a cloud to ask, no log files in shared places.
+# Read by libtpu when it is loaded: no server of a cloud to ask, no lock on chips that are not here (a second process
+# would abort), no log files in shared places.
 os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_LOG_DIR": tempfile.gettempdir(),

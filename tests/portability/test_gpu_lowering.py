@@ -104,9 +104,7 @@ def test_moves_are_one_kernel_in_place(dtype: str, block_size: int, head_dim: in
     scales = {"k_scale": 0.1, "v_scale": 0.1} if dtype.startswith("float8") else {}
     ids, payload = of((32,)), of((32, *pool.shape[1:]), dtype)
     programs = {
-        "kv_write": for_cuda(
-            partial(kv_write, backend="gpu", **scales), pool, kv, kv, of((256,)), donate_argnums=0
-        ),
+        "kv_write": for_cuda(partial(kv_write, backend="gpu", **scales), pool, kv, kv, of((256,)), donate_argnums=0),
         "copy": for_cuda(partial(block_copy, backend="gpu"), pool, ids, ids, donate_argnums=0),
         "scatter": for_cuda(partial(block_scatter, backend="gpu"), pool, payload, ids, donate_argnums=0),
     }
