@@ -38,7 +38,7 @@ def kv_write_tpu(
     out = pl.pallas_call(
         partial(_kernel, block_size=block_size),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
+            num_scalar_prefetch=5,
             grid=(num_tiles,),
             in_specs=[
                 pl.BlockSpec((num_kv_heads, tiles.token_tile, width), lambda i, *_: (0, i, 0)),
@@ -51,13 +51,13 @@ def kv_write_tpu(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((num_blocks, num_kv_heads, block_size, width), cache.dtype),
-        input_output_aliases={4: 0},
+        input_output_aliases={6: 0},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",), vmem_limit_bytes=tiles.vmem_limit_mib << 20
         ),
         interpret=tpu_interpret(interpret),
         name="kv_write",
-    )(slots, lengths, _share_groups(slots, lengths, tiles.token_tile), rows, by_head(cache))
+    )(slots, lengths, *_runs_of_tiles(slots, lengths, tiles.token_tile), rows, by_head(cache))
     return by_head(out)
 
 
@@ -74,24 +74,32 @@ def run_lengths(slots: jax.Array, num_slots: int, token_tile: int) -> jax.Array:
     return jnp.where(begins, next_end - token, 0)
 
 
-def _share_groups(slots: jax.Array, lengths: jax.Array, token_tile: int) -> jax.Array:
-    """i32[tiles] 1 where two runs of a tile of tokens have the same group."""
-    token = jnp.arange(slots.size, dtype=jnp.int32)
-    groups = jnp.where(lengths > 0, slots // _GROUP, -1 - token).reshape(-1, token_tile)
+def _runs_of_tiles(slots: jax.Array, lengths: jax.Array, token_tile: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each tile of tokens: i32[T] where in it its runs begin, in order; i32[tiles] how many they are; i32[tiles] 1
+    where two of them have the same group."""
+    begins = (lengths > 0).reshape(-1, token_tile)
+    place = jnp.arange(token_tile, dtype=jnp.int32)
+    rank = jnp.cumsum(begins, axis=1, dtype=jnp.int32) - 1
+    is_run = begins[:, :, None] & (rank[:, :, None] == place)
+    firsts = jnp.sum(jnp.where(is_run, place[:, None], 0), axis=1, dtype=jnp.int32)
+    groups = jnp.where(begins, slots.reshape(begins.shape) // _GROUP, -1 - place)
     same = groups[:, :, None] == groups[:, None, :]
-    return (jnp.sum(same, axis=(1, 2), dtype=jnp.int32) > token_tile).astype(jnp.int32)
+    shared = jnp.sum(same, axis=(1, 2), dtype=jnp.int32) > token_tile
+    return firsts.reshape(-1), jnp.sum(begins, axis=1, dtype=jnp.int32), shared.astype(jnp.int32)
 
 
 class _Run(NamedTuple):
     """Tokens that go to one group.
 
     Attributes:
+        buffer: which holds the group.
         first: the first one, in its tile.
-        length: how many; 0 for none.
+        length: how many.
         row: of the group, where the first one goes.
         in_pool: the group.
     """
 
+    buffer: Any
     first: Any
     length: Any
     row: Any
@@ -99,41 +107,40 @@ class _Run(NamedTuple):
 
 
 def _kernel(
-    slots: Any, lengths: Any, shared: Any, rows: Any, pool: Any, out: Any, groups: Any, semaphores: Any, *,
-    block_size: int,
+    slots: Any, lengths: Any, firsts: Any, counts: Any, shared: Any, rows: Any, pool: Any, out: Any, groups: Any,
+    semaphores: Any, *, block_size: int,
 ) -> None:  # fmt: skip
-    # i32[T], i32[T], i32[tiles] in scalar memory; f32[K, tile, 2H]; the pool [P, K, C, 2H] in HBM, twice the same
-    # memory; [tile, K, 8, 2H]
+    # i32[T] three times, i32[tiles] twice in scalar memory; f32[K, tile, 2H]; the pool [P, K, C, 2H] in HBM, twice the
+    # same memory; [tile, K, 8, 2H]
     del pool
     tile = pl.program_id(0)
     tokens = groups.shape[0]
 
     def run_of(i: Any) -> _Run:
-        slot = jnp.maximum(slots[tile * tokens + i], 0)
+        first = firsts[tile * tokens + i]
+        slot = slots[tile * tokens + first]
         row = pl.multiple_of(slot % block_size // _GROUP * _GROUP, _GROUP)
         in_pool = out.at[slot // block_size, :, pl.ds(row, _GROUP)]
-        return _Run(i, lengths[tile * tokens + i], slot % _GROUP, in_pool)
+        return _Run(i, first, lengths[tile * tokens + first], slot % _GROUP, in_pool)
 
     def read(run: _Run) -> Any:
-        return pltpu.make_async_copy(run.in_pool, groups.at[run.first], semaphores.at[0])
+        return pltpu.make_async_copy(run.in_pool, groups.at[run.buffer], semaphores.at[0])
 
     def write(run: _Run) -> Any:
-        return pltpu.make_async_copy(groups.at[run.first], run.in_pool, semaphores.at[1])
+        return pltpu.make_async_copy(groups.at[run.buffer], run.in_pool, semaphores.at[1])
 
     def start_read(run: _Run) -> None:
-        pl.when((run.length > 0) & (run.length < _GROUP))(lambda: read(run).start())
+        pl.when(run.length < _GROUP)(lambda: read(run).start())
 
     def wait_read(run: _Run) -> None:
-        pl.when((run.length > 0) & (run.length < _GROUP))(lambda: read(run).wait())
+        pl.when(run.length < _GROUP)(lambda: read(run).wait())
 
     def place(run: _Run) -> None:
-        @pl.when(run.length > 0)
-        def _():
-            _place_rows(rows, groups, run)
-            write(run).start()
+        _place_rows(rows, groups, run)
+        write(run).start()
 
     def wait_write(run: _Run) -> None:
-        pl.when(run.length > 0)(lambda: write(run).wait())
+        write(run).wait()
 
     def each(*acts: Any) -> None:
         def one(i: Any, carry: None) -> None:
@@ -141,7 +148,7 @@ def _kernel(
             for act in acts:
                 act(run)
 
-        lax.fori_loop(0, tokens, one, None)
+        lax.fori_loop(0, counts[tile], one, None)
 
     @pl.when(shared[tile] == 0)
     def _():
@@ -165,7 +172,7 @@ def _place_rows(rows: Any, groups: Any, run: _Run) -> None:
 
     def place_head(head: Any, carry: None) -> None:
         turned = pltpu.roll(rows[head, pl.ds(base, 2 * _GROUP)], shift, 0)[:_GROUP]
-        old = groups[run.first, head].astype(jnp.float32)
-        groups[run.first, head] = jnp.where(is_new, turned, old).astype(groups.dtype)
+        old = groups[run.buffer, head].astype(jnp.float32)
+        groups[run.buffer, head] = jnp.where(is_new, turned, old).astype(groups.dtype)
 
     lax.fori_loop(0, num_kv_heads, place_head, None)

@@ -43,16 +43,15 @@ def ragged_paged_attention(
     backend: Backend,
     interpret: Interpret = False,
 ) -> jax.Array:
-    """softmax(scale q k^T) v of every query over its own sequence up to itself.
+    """softmax(scale q k^T) v of every query over its own sequence: at position p, keys max(0, p - window + 1) ... p.
 
-    The query at position p sees keys max(0, p - window + 1) ... p. Whatever lies in blocks, or places of blocks,
-    past a sequence's length may be NaN. A query's bits depend on its own sequence and on `tiles` alone: not on
-    its neighbours, on how the sequence was cut into chunks, on where its blocks lie, or on the tables' width.
+    Whatever lies past a sequence's length may be NaN. A query's bits depend on its own sequence and on `tiles` alone:
+    not on its neighbours, how the sequence was cut into chunks, where its blocks lie, or the tables' width.
 
     Args:
         q: [T, N, H] queries, one sequence after another. Of the N = K * G heads, head n reads kv head n // G.
         cache: [P, C, K, 2H] blocks, a key beside its value. Holds this step's tokens already.
-        block_tables: i32[S, M] blocks of each sequence, in the stream's order, padded with 0.
+        block_tables: i32[S, M] blocks of each sequence, in the stream's order, padded with 0 (any id is safe).
         seq_lens: i32[S] keys of each sequence. Its last query stands at position seq_len - 1.
         cu_q_lens: i32[S + 1] where in the stream each sequence's queries begin, and, after the last, where it ends.
         num_seqs: i32[1] how many of the S sequences there are.
@@ -98,15 +97,31 @@ def ragged_paged_attention(
 
 
 def uncovered(
-    *, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: Any, kv_dtype: Any
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    dtype: Any,
+    kv_dtype: Any,
+    backend: Backend = "reference",
+    table_shape: tuple[int, int] = (1, 1),
 ) -> str | None:
-    """Why no kernel covers a model of these sizes, as a sentence; None if one does.
+    """Why the kernels do not cover a model of these sizes, as a sentence; None if they do.
 
     Args:
         num_heads, num_kv_heads: of one device.
         dtype: the queries'.
         kv_dtype: the pool's.
+        backend: whose own limits count too.
+        table_shape: of the block tables, (sequences, blocks).
     """
+    if backend == "tpu":
+        from pallas_kernels.ragged_paged_attention.tuning import tables_past_scalar_memory
+
+        reason = tables_past_scalar_memory(*table_shape)
+        if reason is not None:
+            return reason
     reason = uncovered_pool(block_size, head_dim, kv_dtype)
     if reason is not None:
         return reason

@@ -26,12 +26,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.common import Interpret, as_scale, by_head, require, tpu_interpret
-from pallas_kernels.ragged_paged_attention.tuning import Tiles, tiles_for
+from pallas_kernels.ragged_paged_attention.tuning import Tiles, tables_past_scalar_memory, tiles_for
 
 _LANES = 128
 _FLOOR = -1e30  # the running maximum before any key: finite, so that exp(-inf - floor) is 0 and not NaN
 _UNROLLED_COPIES = 4
-_SMEM_BYTES = 768 * 1024  # of a core's 1 MiB of scalar memory, for block tables and lengths
 
 
 class Config(NamedTuple):
@@ -121,10 +120,8 @@ def attention_tpu(
         tiles = tiles_for(None, **sizes, kv_itemsize=cache.dtype.itemsize)
     tiles.check(block_size)
     num_rows, table_width = block_tables.shape
-    wanted = 4 * num_rows * table_width
-    message = f"block_tables of {num_rows} x {table_width} take {wanted} bytes of scalar memory, which has room for "
-    require(wanted <= _SMEM_BYTES, message + f"{_SMEM_BYTES}: use larger blocks, fewer rows or shorter contexts")
-
+    reason = tables_past_scalar_memory(num_rows, table_width)
+    require(reason is None, str(reason))
     options = (scale, window, softcap, sinks is not None, tiles)
     config = Config(1, 8 if group <= 8 else 16, table_width, head_dim, tiles.decode_heads, *options)
     of_sequences = (block_tables.reshape(-1), seq_lens, cu_q_lens)

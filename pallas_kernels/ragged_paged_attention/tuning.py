@@ -13,6 +13,7 @@ from pallas_kernels.common import require
 _MIB = 1 << 20
 _LANES = 128
 _DEFAULT_CHIP = "v5e"
+_TABLE_BYTES = 768 * 1024  # of a core's 1 MiB of scalar memory
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ def tiles_for(
     ):  # the rest is for intermediate values
         tiles = replace(tiles, q_tile=tiles.q_tile // 2)
     return tiles
+
+
+def tables_past_scalar_memory(num_rows: int, table_width: int) -> str | None:
+    """Why block tables of that shape cannot be handed to the TPU kernel, as a sentence; None if they can."""
+    wanted = 4 * num_rows * table_width
+    if wanted <= _TABLE_BYTES:
+        return None
+    found = f"block_tables of {num_rows} x {table_width} take {wanted} bytes of a TPU's scalar memory"
+    return f"{found}, where {_TABLE_BYTES} may be used: use larger blocks, fewer rows or shorter contexts"
 
 
 def vmem_bytes(tiles: Tiles, *, num_kv_heads: int, group: int, head_dim: int, kv_itemsize: int) -> int:

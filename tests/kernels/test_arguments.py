@@ -148,6 +148,9 @@ def test_uncovered_tells_beforehand():
     dtypes = {"dtype": "bfloat16", "kv_dtype": "bfloat16"}
     assert uncovered(**sizes, **dtypes) is None
     assert uncovered(**sizes, dtype="bfloat16", kv_dtype="float8_e5m2") is None
+    assert uncovered(**sizes, **dtypes, table_shape=(1024, 1024)) is None
+    assert "use larger blocks" in str(uncovered(**sizes, **dtypes, backend="tpu", table_shape=(1024, 1024)))
+    assert uncovered(**sizes, **dtypes, backend="tpu", table_shape=(64, 2048)) is None
     assert uncovered(**(sizes | {"head_dim": 96}), **dtypes) == "head_dim is 96: the kernels have 64, 128, 256"
 
 
