@@ -19,6 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common import require
+
+CAPABILITY = "9.0"
 ROWS = 64  # of a wgmma's left side and result: one warpgroup
 SWIZZLE_BYTES = 128  # the widest pattern by which TMA and wgmma spread a tile's rows over the banks
 PIECE = 64  # columns that fill such a pattern in bfloat16; what kernels take of a tile at once
@@ -44,7 +47,13 @@ def call(
 
     The body finds itself by `lax.axis_index("cta")` and `lax.axis_index("warpgroup")`. An operand that is a
     `jax.new_ref` (see `in_place`) is written in place. Scratch is shared by a CTA's warpgroups.
+
+    Raises:
+        ValueError: it is to be compiled and this process's GPU is none of those `uncovered_device` lets through.
     """
+    if interpreter(interpret) is None and jax.default_backend() == "gpu":
+        reason = uncovered_device(jax.devices()[0])
+        require(reason is None, f"{name}: {reason}")
 
     def entry(*refs: Any) -> None:
         def scoped(*scratch_refs: Any) -> None:
@@ -63,6 +72,20 @@ def call(
         name=name,
     )
     return kernel(*operands)
+
+
+def uncovered_device(device: Any) -> str | None:
+    """Why the GPU kernels cannot run on a device, as a sentence; None if they can.
+
+    Products are Hopper's wgmma, which exists in no other generation: Ampere's and Blackwell's tensor cores have other
+    instructions, with other layouts, and would need kernels of their own.
+    """
+    if device.platform not in ("gpu", "cuda"):
+        return f"the device is {device.platform}: the kernels are for NVIDIA GPUs of compute capability {CAPABILITY}"
+    found = str(getattr(device, "compute_capability", "unknown"))
+    if found != CAPABILITY:
+        return f"compute capability is {found}: the kernels use wgmma, which only {CAPABILITY} (H100, H200) has"
+    return None
 
 
 def in_place(array: jax.Array) -> Any:

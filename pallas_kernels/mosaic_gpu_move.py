@@ -7,6 +7,7 @@ a microsecond and direction are its share of an H200's 4.3 TB/s.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def cut(num_elements: int, item_bytes: int) -> Pieces:
     return Pieces(rows // fitting, fitting, columns)
 
 
+@partial(jax.jit, static_argnames=("interpret", "name", "num_ctas"))
 def move(
     target: jax.Array,
     source: jax.Array | None,
@@ -59,6 +61,8 @@ def move(
         sources: i32[n] into `source`; all inside.
         targets: i32[n] places; from the number of places on: nothing is moved. No other occurs twice, and within
             one array none is a source.
+
+    Static: interpret, name, num_ctas. Compiled by itself where the caller is not: references need a program.
     """
     num_places, num_elements = target.shape
     pieces = cut(num_elements, target.dtype.itemsize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -75,6 +76,7 @@ def attention_gpu(
     return out.reshape(num_tokens, num_heads, head_dim)
 
 
+@partial(jax.jit, static_argnames=("sizes", "interpret"))
 def _attend(sizes: Sizes, operands: tuple[Any, ...], interpret: Any) -> Any:
     def body(*refs: Any) -> None:
         count = len(operands) + len(out_type)
@@ -97,6 +99,7 @@ def _attend(sizes: Sizes, operands: tuple[Any, ...], interpret: Any) -> Any:
     )
 
 
+@partial(jax.jit, static_argnames=("sizes", "interpret"))
 def _merge(sizes: Sizes, operands: tuple[Any, ...], out: jax.Array, interpret: Any) -> jax.Array:
     def body(*refs: Any) -> None:
         merge_body(sizes, Registers(bool(interpret)), MergeRefs(*refs))
