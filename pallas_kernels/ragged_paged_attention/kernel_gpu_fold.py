@@ -260,7 +260,7 @@ class Worker(NamedTuple):
         scale = power_of_two(state.top - top)
         weights = lax.exp2(scores - registers.across(top, self.sizes.tiles.kv_tile))
         total = state.total * scale + lax.reduce_sum(weights, (1,))
-        terms = tuple(bfloat16_terms(weights, self.sizes.kv_terms))
+        terms = tuple(bfloat16_terms(weights, self.sizes.q_terms))
         wide = registers.across(scale, PIECE)
         slot = self.slot(step + self.sizes.parts)
         sources = self.filled_values(job, tile, slot)
@@ -269,7 +269,7 @@ class Worker(NamedTuple):
             columns = pl.ds(i * PIECE, PIECE)
             factors = [
                 (terms[a], sources[b].at[:, columns])
-                for a, b in pairs_of_terms(self.sizes.kv_terms, self.sizes.kv_terms)
+                for a, b in pairs_of_terms(self.sizes.q_terms, self.sizes.kv_terms)
             ]
             values.append(piece * wide + registers.product((ROWS, PIECE), factors))
         if not self.sizes.converts:

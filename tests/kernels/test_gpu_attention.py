@@ -68,6 +68,7 @@ SETTINGS = {
         ),
         replace(TILES, kv_split=128),
     ),
+    "fp8_float32": Setting(replace(SMALL, num_tokens=10, dtype="float32", kv_dtype="float8_e5m2")),
 }
 
 
