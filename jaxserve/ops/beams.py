@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.stable_sum import log_sum_exp
+from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import BEAM, BEAM_COLUMNS, BeamState, DecodeState, KVCache
 from jaxserve.types import MAX_BEAM_WIDTH
 
@@ -23,19 +24,21 @@ _TOP_BLOCK = 128  # tokens a block of the two-level search for the likeliest
 
 
 def select_beams(
-    logits: Float[Array, "samples vocab"],
+    logits: Float[Array, "own vocab"],
     tokens: Int[Array, " samples"],
     state: DecodeState,
     rows: Int[Array, " samples"],
+    axis: Axis = ONE_DEVICE,
 ) -> tuple[Int[Array, " samples"], BeamState, Int[Array, "samples columns"]]:
     """Each search's likeliest continuations that do not stop become its beams, the likeliest in the row of beam 0.
 
     Equal sums rank by beam, then by logprob, then by token id, wherever the rows lie.
 
     Args:
-        logits: raw, float32.
+        logits: raw, float32, of all samples or of this device's share of them.
         tokens: what rows without beams sampled.
         rows: each sample's row; R for padding. All beams of a search are among them.
+        axis: the devices that share the samples.
 
     Returns:
         The tokens, those of beams replaced; scores and parents brought up to date; and an answer for the host,
@@ -45,18 +48,13 @@ def select_beams(
     num_rows = state.last_token.shape[0]
     row = jnp.minimum(rows, num_rows - 1)
     is_beam = (rows < num_rows) & ((state.sampling.features[row] & BEAM) != 0)
-    before = state.beams.scores[row]
-    norm = log_sum_exp(logits)
-    stop_ids = state.sampling.stop_ids[row]
-    going = logits.at[jnp.arange(len(rows))[:, None], stop_ids].set(-jnp.inf, mode="drop")
-    values, ids = likeliest(going, MAX_BEAM_WIDTH)
-    sums = before[:, None] + (values - norm[:, None])
+    sums, ids, stop_sums, stop_tokens = (
+        axis.gather(found, len(rows)) for found in _continuations(logits, state, axis.own(axis.pad(row)))
+    )
     slot, place, score = _rank(sums, state, row, rows)
     parent = jnp.take_along_axis(state.beams.peers[row], slot[:, None], axis=-1)[:, 0]
     parent = jnp.where(is_beam & (parent >= 0), parent, row)  # only NaN can lead past the search's beams
     token = ids[_sample_of(rows, num_rows)[parent], place]
-    stop_tokens, stop_values = _likeliest_stops(logits, stop_ids)
-    stop_sums = before[:, None] + (stop_values - norm[:, None])
     target = jnp.where(is_beam, rows, num_rows)
     beams = replace(
         state.beams,
@@ -65,6 +63,20 @@ def select_beams(
     )
     answer = jnp.concatenate([parent[:, None], _bits(score)[:, None], stop_tokens, _bits(stop_sums)], axis=-1)
     return jnp.where(is_beam, token, tokens), beams, answer
+
+
+def _continuations(
+    logits: Float[Array, "own vocab"], state: DecodeState, row: Int[Array, " own"]
+) -> tuple[Array, Array, Array, Array]:
+    """Each beam's likeliest ways to go on, sums and tokens, and to stop, the same."""
+    before = state.beams.scores[row]
+    norm = log_sum_exp(logits)
+    stop_ids = state.sampling.stop_ids[row]
+    going = logits.at[jnp.arange(len(row))[:, None], stop_ids].set(-jnp.inf, mode="drop")
+    values, ids = likeliest(going, MAX_BEAM_WIDTH)
+    stop_tokens, stop_values = _likeliest_stops(logits, stop_ids)
+    sums, stop_sums = (before[:, None] + (found - norm[:, None]) for found in (values, stop_values))
+    return sums, ids, stop_sums, stop_tokens
 
 
 def no_beams(

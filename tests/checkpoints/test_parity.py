@@ -17,7 +17,7 @@ import pytest
 from jaxserve import steps
 from jaxserve.config import EngineConfig, EngineLimits, ModelConfig
 from jaxserve.engine import resolve
-from jaxserve.engine.compiled import step_shape
+from jaxserve.engine.programs import step_shape
 from jaxserve.engine.engine import EngineCore
 from jaxserve.engine.pack import pack_step
 from jaxserve.models.decoder import logits
