@@ -26,6 +26,7 @@ from jaxserve.engine.beams import follow_sizes
 from jaxserve.engine.executables import ExecutableStore, is_supported, prune
 from jaxserve.engine.programs import Programs, copy_sizes, engine_programs, step_shape
 from jaxserve.errors import ConfigError
+from jaxserve.parallel.mesh import mesh_of
 from jaxserve.state import StepShape
 
 logger = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def compile_steps(
         reuse: False compiles all of them, and keeps what comes out.
     """
     programs = engine_programs(params, model, limits)
-    store = ExecutableStore(cache, model, limits) if cache and is_supported() else None
+    store = ExecutableStore(cache, model, limits, mesh_of(params)) if cache and is_supported() else None
     made = _make_all(programs, store, reuse, on_progress)
     compiled = {name: program.executable for name, program in made.items()}
     num_loaded = sum(program.loaded for program in made.values())
