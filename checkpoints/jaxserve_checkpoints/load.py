@@ -87,8 +87,8 @@ def load_model(
     """
     source = resolve(name_or_dir, revision=revision)
     start = time.perf_counter()
-    # Refuses an architecture, or a number of devices, before weights are looked for.
-    check_divides(hf_config.read_config(source.folder, dtype="float32"), _num_devices(mesh))
+    if mesh is not None:  # refused before a weight is read, and before a manifest is compared with all of them
+        check_divides(hf_config.read_config(source.folder, dtype="float32"), mesh.size)
     read = _read_huggingface if source.kind == "huggingface" else _read_converted
     config, params, version = read(source, dtype, mesh)
     jax.block_until_ready(params)
@@ -111,6 +111,7 @@ def _read_converted(source: Source, dtype: str, mesh: Mesh | None) -> tuple[Mode
 
 
 def _read_huggingface(source: Source, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, Any, str]:
+    hf_config.read_config(source.folder, dtype="float32")  # refuses an architecture before weights are looked for
     tensors = read_folder(source.folder)
     stored = tensors[EMBEDDING].dtype if EMBEDDING in tensors else None
     names = {code: str(kind) for code, kind in FLOATS.items()}
