@@ -6,6 +6,7 @@ what the arrays mean is the spec tree's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -76,7 +77,7 @@ def restore(folder: Path, config: ModelConfig, mesh: Mesh | None, manifest: Mani
 
 
 # What of its kv head a device reads: of qkv [K, G + 2, H, D] and its bias all, of o [D, K, G, H] its own queries'.
-_HEAD_PARTS = MappingProxyType(
+_HEAD_PARTS: Mapping[tuple[str | None, ...], PartitionSpec] = MappingProxyType(
     {
         ("kv_heads", None, "head_dim", "embed"): PartitionSpec("kv"),
         ("kv_heads", None, "head_dim"): PartitionSpec("kv"),

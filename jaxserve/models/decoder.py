@@ -113,7 +113,11 @@ def _attention(
 
 def _mlp(layer: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     activation = _ACTIVATIONS[config.activation]
-    gate_up, gate_up_bias, down = layer["gate_up"], layer.get("gate_up_bias"), layer["down"]  # [2, F, D], [2, F], [D, F]
+    gate_up, gate_up_bias, down = (
+        layer["gate_up"],
+        layer.get("gate_up_bias"),
+        layer["down"],
+    )  # [2, F, D], [2, F], [D, F]
     matrix = gate_up.reshape(-1, x.shape[1])
 
     def tokens_left(x: jax.Array) -> jax.Array:

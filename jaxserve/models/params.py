@@ -9,9 +9,9 @@ Fused tensors keep what belongs to one kv head together, so that sharding `kv_he
 mesh axis needs no reshuffling: `qkv` holds, per kv head, its G query heads, then k, then v; `gate_up`
 holds gate (0) and up (1).
 
-Over more devices than there are kv heads, each kv head is held by several, which share its query heads: the tree is that
-of a model with one kv head a device, some of which are equal. A vocabulary that does not divide is padded with rows that
-nothing reads.
+Over more devices than there are kv heads, each kv head is held by several, which share its query heads: the tree is
+that of a model with one kv head a device, some of which are equal. A vocabulary that does not divide is padded with
+rows that nothing reads.
 """
 
 from __future__ import annotations

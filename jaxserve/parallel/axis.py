@@ -1,7 +1,7 @@
 """`Axis`: the devices that a step is spread over, as the code of the step sees them; its collectives are all here.
 
-A step is written for one device's part of the parameters and of the cache. Where parts must meet it asks the axis, which
-on one device has nothing to do: then the program is the one that knows of no axis.
+A step is written for one device's part of the parameters and of the cache. Where parts must meet it asks the axis,
+which on one device has nothing to do: then the program is the one that knows of no axis.
 """
 
 from __future__ import annotations

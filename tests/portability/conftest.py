@@ -1,6 +1,6 @@
 """What must hold on every device. The tests in `on_eight_devices` need a process that simulates eight.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/portability/on_eight_devices
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m pytest tests/portability/on_eight_devices
 """
 
 from __future__ import annotations
@@ -20,5 +20,9 @@ def eight_devices() -> dict[str, str]:
 
     Programs are compiled as fast as can be. Eight devices of two cores wait for each other longer than XLA likes.
     """
-    flags = (EIGHT_DEVICES, "--xla_backend_optimization_level=0", "--xla_cpu_collective_call_terminate_timeout_seconds=600")
+    flags = (
+        EIGHT_DEVICES,
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    )
     return os.environ | {"XLA_FLAGS": " ".join(flags)}
