@@ -13,14 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.models.params import decoder_specs
 from jaxserve.parallel.rules import placements_on, shardings
-from jaxserve.parallel.specs import ArraySpec, is_spec, map_specs
+from jaxserve.parallel.specs import ArraySpec, abstract_arrays, is_spec, map_specs
 from jaxserve_checkpoints import hf_config
 from jaxserve_checkpoints.manifest import Manifest
 from jaxserve_checkpoints.source import PARAMS_FOLDER
@@ -104,12 +103,7 @@ def _shared_out(spec: ArraySpec, array: jax.Array, mesh: Mesh) -> jax.Array:
 def _read(folder: Path, specs: Any, placements: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    abstract = jax.tree.map(
-        lambda spec, placement: jax.ShapeDtypeStruct(spec.shape, np.dtype(spec.dtype), sharding=placement),
-        specs,
-        placements,
-        is_leaf=is_spec,
-    )
+    abstract = abstract_arrays(specs, placements)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             # Not strict: what pads a vocabulary is not stored, and is made of zeros. Shapes have been compared.

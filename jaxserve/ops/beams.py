@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import BEAM, BEAM_COLUMNS, BeamState, DecodeState, KVCache
@@ -99,8 +100,7 @@ def _rank(
     peers = state.beams.peers[row]
     samples = _sample_of(rows, state.last_token.shape[0])[jnp.maximum(peers, 0)]
     pool = jnp.where(peers[:, :, None] >= 0, sums[samples], -jnp.inf).reshape(len(rows), -1)
-    # Equal ones come in ascending order of their index. The barrier is for the same reason as in `sampling._truncate`.
-    best, index = jax.lax.optimization_barrier(jax.lax.top_k(pool, num_places))
+    best, index = largest(pool, num_places)
     mine = jnp.minimum(state.beams.index[row], num_places - 1)[:, None]
     index = jnp.take_along_axis(index, mine, axis=-1)[:, 0]
     return index // num_places, index % num_places, jnp.take_along_axis(best, mine, axis=-1)[:, 0]
@@ -117,14 +117,13 @@ def likeliest(
     """
     num_rows, vocab = x.shape
     if vocab <= 2 * num * _TOP_BLOCK:
-        values, ids = jax.lax.optimization_barrier(jax.lax.top_k(x, min(num, vocab)))
-        return values, ids
+        return largest(x, min(num, vocab))
     blocks = jnp.pad(x, ((0, 0), (0, -vocab % _TOP_BLOCK)), constant_values=-jnp.inf)
     blocks = blocks.reshape(num_rows, -1, _TOP_BLOCK)
-    _, chosen = jax.lax.optimization_barrier(jax.lax.top_k(jnp.max(blocks, axis=-1), num))
+    _, chosen = largest(jnp.max(blocks, axis=-1), num)
     chosen = jnp.sort(chosen, axis=-1)
     inside = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(num_rows, -1)
-    values, index = jax.lax.optimization_barrier(jax.lax.top_k(inside, num))
+    values, index = largest(inside, num)
     block = jnp.take_along_axis(chosen, index // _TOP_BLOCK, axis=-1)
     return values, block * _TOP_BLOCK + index % _TOP_BLOCK
 
@@ -135,9 +134,7 @@ def _likeliest_stops(
     """Each row's likeliest stop tokens and their logits; as many as the widest search makes hypotheses in a step."""
     vocab = logits.shape[1]
     found = jnp.take_along_axis(logits, jnp.minimum(stop_ids, vocab - 1), axis=-1)
-    values, index = jax.lax.optimization_barrier(
-        jax.lax.top_k(jnp.where(stop_ids < vocab, found, -jnp.inf), MAX_BEAM_WIDTH)
-    )
+    values, index = largest(jnp.where(stop_ids < vocab, found, -jnp.inf), MAX_BEAM_WIDTH)
     return jnp.where(values > -jnp.inf, jnp.take_along_axis(stop_ids, index, axis=-1), -1), values
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.models.decoder import logits as compute_logits
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
@@ -31,7 +32,7 @@ def pack_logprobs(
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = jnp.sum(logits >= chosen, axis=-1, keepdims=True, dtype=jnp.int32)
     num_top = min(MAX_LOGPROBS, logits.shape[-1])
-    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, num_top))  # see ops.sampling
+    values, ids = largest(logits, num_top)
     pad = ((0, 0), (0, MAX_LOGPROBS - num_top))
     as_bits = lambda x: jax.lax.bitcast_convert_type(x - log_total, jnp.int32)  # noqa: E731
     return jnp.concatenate([as_bits(chosen), rank, jnp.pad(ids, pad), jnp.pad(as_bits(values), pad)], axis=-1)

@@ -20,8 +20,8 @@ from jaxserve_checkpoints.load import LoadedModel, load_model
 
 from .families import FAMILIES, TOKENS
 
-# A quarter, exactly, makes logits about one unit wide: there 1e-5 is 80 units in the last place. Four times as wide, sums
-# of 64 to 128 float32 numbers in another order made them differ by up to 1.7e-5 after two layers.
+# A quarter, exactly, makes logits about one unit wide: there 1e-5 is 80 units in the last place. Four times as wide,
+# sums of 64 to 128 float32 numbers in another order made them differ by up to 1.7e-5 after two layers.
 NORM = "model.norm.weight"
 Request = tuple[Sequence[int], SamplingParams | BeamSearchParams]
 

@@ -112,3 +112,15 @@ def whole_logits(params: Any, config: ModelConfig, tokens: np.ndarray) -> np.nda
         cut = map_specs(partition_spec, decoder_specs(config, mesh.size))
         run = jax.shard_map(run, mesh=mesh, in_specs=(cut, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False)
     return np.asarray(jax.jit(run)(params, tokens))
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_bits_depend_on_nobody_else(core_of: Callable, run_all: Callable, requests: list, size: int) -> None:
+    """Alone and in company, at any place in the stream: an all-reduce of simulated devices adds in one order."""
+    core = core_of("llama31", size)
+    together = run_all(core, requests)
+    for request, found in zip(requests, together, strict=True):
+        core.reset_prefix_cache()
+        (alone,) = run_all(core, [request])
+        assert tokens_of(alone) == tokens_of(found)
+        assert logprobs_of(alone).tobytes() == logprobs_of(found).tobytes()
