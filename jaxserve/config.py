@@ -94,8 +94,14 @@ class ModelConfig:
         """Query heads a kv head."""
         return self.num_heads // self.num_kv_heads
 
-    def kv_bytes_per_token(self, kv_dtype: DType) -> int:
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * DTYPE_BYTES[kv_dtype]
+    def num_kv_heads_over(self, num_devices: int) -> int:
+        """KV heads that so many devices hold together: where there are more devices, each holds a copy of one."""
+        return max(self.num_kv_heads, num_devices)
+
+    def kv_bytes_per_token(self, kv_dtype: DType, num_devices: int = 1) -> int:
+        """On each of so many devices."""
+        num_kv = self.num_kv_heads_over(num_devices) // num_devices
+        return 2 * self.num_layers * num_kv * self.head_dim * DTYPE_BYTES[kv_dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +114,8 @@ class EngineConfig:
         block_size: tokens a KV block.
         max_num_seqs: rows of the running batch.
         max_num_batched_tokens: tokens a step, decode and prefill together; longer prompts are chunked.
+        tensor_parallel_size: devices that the model is cut over. The parameters must lie on a mesh of so many
+            (`load_model(mesh=make_mesh(n))`). Bytes of memory are those of each device.
         max_num_queued_reqs: bound of the waiting queue; past it requests are refused with 503.
         queue_timeout: seconds; a request that waits longer for its first step is refused with 503; 0 lets
             it wait for ever. Of `AsyncEngine` only: an offline run has nobody to answer in time.
@@ -137,6 +145,7 @@ class EngineConfig:
     block_size: int = 16
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    tensor_parallel_size: int = 1
     max_num_queued_reqs: int = 1024
     queue_timeout: float = 30.0
     batching_window_ms: float = 0.0
@@ -157,7 +166,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in (
             *("max_model_len", "block_size", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"),
-            "max_decode_steps",
+            *("max_decode_steps", "tensor_parallel_size"),
         ):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -196,6 +205,7 @@ class EngineLimits:
         swap_buckets: the block counts that copies to and from host memory are compiled for, ascending.
         max_decode_steps: decode steps that one call of the device can run.
         exact: only buckets whose bits agree are used.
+        tensor_parallel_size: devices that parameters and cache are cut over.
     """
 
     max_model_len: int
@@ -213,6 +223,7 @@ class EngineLimits:
     swap_buckets: tuple[int, ...] = ()
     max_decode_steps: int = 1
     exact: bool = False
+    tensor_parallel_size: int = 1
 
     @property
     def decode_bucket(self) -> int:

@@ -13,6 +13,7 @@ from jaxserve.checks import check_cache_salt
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import ConfigError, ParameterError
+from jaxserve.parallel.mesh import mesh_for
 from jaxserve.results import Collected, ranked_params
 from jaxserve.text.bad_words import resolve_bad_words
 from jaxserve.text.chat import ChatOptions, encode_chat, load_chat_template
@@ -47,7 +48,7 @@ class LLM:
         tokenizer: folder of the tokenizer where it is not the model's.
         chat_template: file, or text, of a template that replaces the model's.
         revision: of a hub name.
-        config: any field of `EngineConfig`.
+        config: any field of `EngineConfig`, such as tensor_parallel_size=8 to cut the model over eight devices.
 
     Raises:
         CheckpointError: the model cannot be read.
@@ -64,10 +65,6 @@ class LLM:
         revision: str | None = None,
         **config: Any,
     ) -> None:
-        loaded = load_model(model, dtype=dtype, revision=revision)
-        folder = loaded.folder if tokenizer is None else resolve(tokenizer).folder
-        self._tokenizer = Tokenizer.from_folder(folder)
-        self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)
         try:
             engine_config = EngineConfig(**config)
         except TypeError as error:
@@ -75,6 +72,11 @@ class LLM:
             raise ConfigError(f"LLM does not know one of {sorted(config)}. It knows: {fields}.") from error
         if "stream_interval_ms" not in config:  # nobody reads before the end
             engine_config = replace(engine_config, stream_interval_ms=math.inf)
+        mesh = mesh_for(engine_config.tensor_parallel_size)
+        loaded = load_model(model, dtype=dtype, mesh=mesh, revision=revision)
+        folder = loaded.folder if tokenizer is None else resolve(tokenizer).folder
+        self._tokenizer = Tokenizer.from_folder(folder)
+        self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)
         progress = _CompileProgress()
         try:
             self._core = EngineCore(loaded.config, loaded.params, engine_config, on_progress=progress)

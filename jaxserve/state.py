@@ -258,9 +258,15 @@ class KVCache:
     dtype: str = struct.field(pytree_node=False)
 
 
-def init_kv_cache(config: ModelConfig, num_blocks: int, block_size: int, dtype: str, *, as_bits: bool) -> KVCache:
-    """A zeroed cache of `num_blocks` blocks, the null block included."""
-    shape = (num_blocks, block_size, config.num_kv_heads, 2 * config.head_dim)
+def init_kv_cache(
+    config: ModelConfig, num_blocks: int, block_size: int, dtype: str, *, as_bits: bool, num_devices: int = 1
+) -> KVCache:
+    """A zeroed cache of `num_blocks` blocks, the null block included.
+
+    Args:
+        num_devices: that hold it together; the heads of all.
+    """
+    shape = (num_blocks, block_size, config.num_kv_heads_over(num_devices), 2 * config.head_dim)
     storage = jnp.uint16 if as_bits and jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
     return KVCache(layers=tuple(jnp.zeros(shape, storage) for _ in range(config.num_layers)), dtype=dtype)
 

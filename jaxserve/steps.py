@@ -12,22 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from jaxserve.config import ModelConfig
-from jaxserve.models.decoder import forward, logits
-from jaxserve.ops.beams import no_beams, select_beams
-from jaxserve.ops.logprobs import pack_logprobs, pack_prompt_logprobs
+from jaxserve.models.decoder import forward
+from jaxserve.ops.logprobs import pack_prompt_logprobs
+from jaxserve.ops.next_tokens import no_next_tokens, sample_next_tokens
 from jaxserve.ops.paged_attention import decode_order, paged_attention, write_kv
-from jaxserve.ops.sampling import sample
+from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import (
-    BEAM,
     BEAM_COLUMNS,
     HISTORY,
     LOGPROB_COLUMNS,
-    LOGPROBS,
     PROMPT_LOGPROBS,
-    BeamState,
     DecodeState,
     KVCache,
     SamplingState,
@@ -39,8 +36,6 @@ from jaxserve.state import (
 from jaxserve.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 
 _Loop = tuple[jax.Array, KVCache, DecodeState, StepBatch, StepOutput]  # index of the step first
-# tokens with failures, logprobs, the state's last_token and ended, its beams, their answer
-_Sampled = tuple[jax.Array, jax.Array, jax.Array, jax.Array, BeamState, jax.Array]
 
 
 def step(
@@ -52,6 +47,7 @@ def step(
     config: ModelConfig,
     shape: StepShape,
     max_model_len: int,
+    axis: Axis = ONE_DEVICE,
 ) -> tuple[KVCache, DecodeState, StepOutput]:
     """Feeds one stream of tokens and samples one token for each row that asks.
 
@@ -59,14 +55,17 @@ def step(
     device. A row leaves it with a stop token, at its longest, or when its logits are not finite; the loop ends
     early when no row is left.
 
+    Over several devices, `params` and `kv` are one device's parts, all else is the same on each, and so is what comes
+    back but for `kv`.
+
     Donates: kv, state.
-    Static: config, shape, max_model_len.
+    Static: config, shape, max_model_len, axis.
     """
     batch = unpack(packed, shape)
     tables = state.block_tables.at[batch.update_rows, batch.update_cols].set(batch.update_ids, mode="drop")
     state = replace(state, block_tables=tables)
     batch = _without_ended(state, batch, shape)
-    run = partial(_step, params, config=config, shape=shape, max_model_len=max_model_len)
+    run = partial(_step, params, config=config, shape=shape, max_model_len=max_model_len, axis=axis)
     if shape.max_steps == 1:
         kv, state, _, out = run(kv, state, batch)
         return kv, state, out
@@ -106,17 +105,18 @@ def _step(
     config: ModelConfig,
     shape: StepShape,
     max_model_len: int,
+    axis: Axis,
 ) -> tuple[KVCache, DecodeState, StepBatch, StepOutput]:
     """One pass over the stream. The batch that comes back feeds what decode rows sampled; of others it is nothing."""
     last_token = state.last_token[jnp.minimum(batch.rows, shape.max_rows - 1)]
     batch = replace(batch, tokens=jnp.where(batch.tokens < 0, last_token, batch.tokens))
-    hidden, kv = _forward(params, kv, state, batch, config, shape, max_model_len)
+    hidden, kv = _forward(params, kv, state, batch, config, shape, max_model_len, axis)
     state = _record_fed(state, batch, shape)
     # Of a long prompt most steps sample nothing; the head and the sampler of 64 rows are 4 % of a step of 256 tokens.
     sampled, sampled_logprobs, last_token, ended, beams, beam_answer = jax.lax.cond(
         jnp.any(batch.sample_rows < shape.max_rows),  # in a loop, rows that have ended stand among the others
-        lambda: _sample(params, hidden, state, batch, shape),
-        lambda: _sample_nothing(state, shape),
+        lambda: sample_next_tokens(params, hidden, state, batch, shape, config.vocab_size, axis),
+        lambda: no_next_tokens(state, shape),
     )
     state = replace(state, last_token=last_token, ended=ended, beams=beams)
     out = StepOutput(
@@ -124,47 +124,13 @@ def _step(
         logprobs=sampled_logprobs[None],
         prompt_logprobs=jax.lax.cond(
             (batch.features & PROMPT_LOGPROBS) != 0,
-            lambda: pack_prompt_logprobs(params, hidden, batch.targets),
+            lambda: pack_prompt_logprobs(params, hidden, batch.targets, config.vocab_size, axis),
             lambda: jnp.zeros((shape.num_tokens, LOGPROB_COLUMNS), jnp.int32),
         ),
         beams=beam_answer,
     )
     following = replace(batch, tokens=jnp.full_like(batch.tokens, -1), positions=batch.positions + 1)
     return kv, state, _without_ended(state, following, shape), out
-
-
-def _sample(
-    params: dict[str, Any], hidden: jax.Array, state: DecodeState, batch: StepBatch, shape: StepShape
-) -> _Sampled:
-    """Logits, tokens, and what follows from them, of the rows that ask."""
-    index = jnp.minimum(batch.sample_index, shape.num_tokens - 1)
-    positions = batch.positions[index] + 1
-    raw = logits(params, hidden[index])
-    tokens, finite = sample(raw, state, batch.sample_rows, positions, batch.features)
-    tokens, beams, beam_answer = jax.lax.cond(
-        (batch.features & BEAM) != 0,
-        lambda: select_beams(raw, tokens, state, batch.sample_rows),
-        lambda: no_beams(tokens, state),
-    )
-    return (
-        jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1),
-        jax.lax.cond(
-            (batch.features & LOGPROBS) != 0,
-            lambda: pack_logprobs(raw, tokens),
-            lambda: jnp.zeros((shape.num_samples, LOGPROB_COLUMNS), jnp.int32),
-        ),
-        state.last_token.at[batch.sample_rows].set(tokens, mode="drop"),
-        state.ended.at[batch.sample_rows].set(_ends(state, batch, tokens, positions, finite), mode="drop"),
-        beams,
-        beam_answer,
-    )
-
-
-def _sample_nothing(state: DecodeState, shape: StepShape) -> _Sampled:
-    none = jnp.zeros((shape.num_samples, 2), jnp.int32)
-    logprobs = jnp.zeros((shape.num_samples, LOGPROB_COLUMNS), jnp.int32)
-    _, beams, beam_answer = no_beams(none[:, 0], state)
-    return none, logprobs, state.last_token, state.ended, beams, beam_answer
 
 
 def _without_ended(state: DecodeState, batch: StepBatch, shape: StepShape) -> StepBatch:
@@ -179,21 +145,6 @@ def _without_ended(state: DecodeState, batch: StepBatch, shape: StepShape) -> St
     )
 
 
-def _ends(
-    state: DecodeState, batch: StepBatch, tokens: jax.Array, positions: jax.Array, finite: jax.Array
-) -> Bool[Array, " samples"]:
-    """Which rows' sequences end with what they sampled, as `scheduler.finish` will say of them a step later.
-
-    Args:
-        positions: where the tokens will stand.
-    """
-    row, s = jnp.minimum(batch.sample_rows, state.last_token.shape[0] - 1), state.sampling
-    lengths = positions + 1
-    stops = jnp.any(s.stop_ids[row] == tokens[:, None], axis=-1) & (lengths >= s.min_position[row])
-    ends = stops | (lengths >= s.max_len[row]) | ~finite
-    return ends & ((s.features[row] & BEAM) == 0)
-
-
 def _forward(
     params: dict[str, Any],
     kv: KVCache,
@@ -202,6 +153,7 @@ def _forward(
     config: ModelConfig,
     shape: StepShape,
     max_model_len: int,
+    axis: Axis,
 ) -> tuple[jax.Array, KVCache]:
     slots = _slots(state, batch, shape, kv.layers[0].shape[0])
     order = decode_order(state.block_tables, batch, shape)
@@ -214,7 +166,7 @@ def _forward(
         return out, cache
 
     hidden, layers = forward(
-        params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len
+        params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len, axis=axis
     )
     return hidden, replace(kv, layers=layers)
 

@@ -18,13 +18,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import WeightsError
 from jaxserve.models.params import decoder_specs
-from jaxserve.parallel.rules import shardings
-from jaxserve.parallel.specs import map_specs, tree_bytes
+from jaxserve.parallel.rules import check_divides, placements_on
+from jaxserve.parallel.specs import tree_bytes
 from jaxserve_checkpoints import hf_config, manifest, orbax
 from jaxserve_checkpoints.names import Leaf, Place, is_ignorable, leaves
 from jaxserve_checkpoints.safetensors import FLOATS, MappedFiles, TensorInfo, read_folder
@@ -79,6 +79,7 @@ def load_model(
         revision: of a hub repository.
 
     Raises:
+        ConfigError: the model cannot be cut over so many devices.
         UnsupportedModelError: an architecture or feature that is not implemented.
         WeightsError: missing, unexpected, ill-shaped or truncated tensors, all in one message.
         ManifestError: a converted checkpoint whose bytes are not those that were written.
@@ -86,6 +87,8 @@ def load_model(
     """
     source = resolve(name_or_dir, revision=revision)
     start = time.perf_counter()
+    if mesh is not None:  # refused before a weight is read, and before a manifest is compared with all of them
+        check_divides(hf_config.read_config(source.folder, dtype="float32"), mesh.size)
     read = _read_huggingface if source.kind == "huggingface" else _read_converted
     config, params, version = read(source, dtype, mesh)
     jax.block_until_ready(params)
@@ -104,8 +107,7 @@ def load_model(
 def _read_converted(source: Source, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, Any, str]:
     found = manifest.verify(source.folder)
     config = orbax.read_config(source.folder, found, dtype)
-    specs = decoder_specs(config)
-    return config, orbax.restore(source.folder, specs, _placements(specs, mesh), found), found.digest
+    return config, orbax.restore(source.folder, config, mesh, found), found.digest
 
 
 def _read_huggingface(source: Source, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, Any, str]:
@@ -114,21 +116,18 @@ def _read_huggingface(source: Source, dtype: str, mesh: Mesh | None) -> tuple[Mo
     stored = tensors[EMBEDDING].dtype if EMBEDDING in tensors else None
     names = {code: str(kind) for code, kind in FLOATS.items()}
     config = hf_config.read_config(source.folder, dtype=dtype, stored_dtype=names.get(stored or ""))
-    specs = decoder_specs(config)
-    targets = tuple(leaves(specs))
+    specs = decoder_specs(config, _num_devices(mesh))
+    targets = tuple(leaves(specs, decoder_specs(config)))
     check_tensors(tensors, targets, config)
-    placements = _placements(specs, mesh)
+    placements = placements_on(mesh, specs)
     with MappedFiles(tensors) as files:
         version = _version(source.folder, tensors, files)
         params = _fill_tree(targets, placements, tensors, files)
     return config, params, version
 
 
-def _placements(specs: Any, mesh: Mesh | None) -> Any:
-    if mesh is not None:
-        return shardings(specs, mesh)
-    only = SingleDeviceSharding(jax.local_devices()[0])
-    return map_specs(lambda spec: only, specs)
+def _num_devices(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.size
 
 
 def check_tensors(tensors: Mapping[str, TensorInfo], targets: Sequence[Leaf], config: ModelConfig) -> None:
@@ -214,6 +213,7 @@ def _fill_leaf(leaf: Leaf, placement: Sharding, tensors: Mapping[str, TensorInfo
         for place in leaf.places:
             info = tensors[place.name]
             target, tensor = _views(place, buffer, files.array(info), cut)
+            files.read_ahead(info, tensor)
             with np.errstate(over="ignore", invalid="ignore"):  # _check_range tells, and names the tensor
                 _copy(target, tensor)
             if dtype == np.float16 and info.dtype != "F16":
@@ -235,7 +235,12 @@ def _views(
         else:  # the axis that a leaf's parts lie along: never cut over devices
             assert at == slice(0, buffer.shape[axis], 1)
             kept += [slice(None)] if isinstance(own, slice) else []
-    return buffer[place.index], tensor.reshape(place.view_shape)[tuple(kept)]
+    target, tensor = buffer[place.index], tensor.reshape(place.view_shape)
+    kept[0] = slice(kept[0].start // place.copies, min(-(-kept[0].stop // place.copies), len(tensor)))
+    num = max(kept[0].stop - kept[0].start, 0)
+    assert place.copies == 1 or len(target) == num == 1  # a device has no two copies
+    target[num:] = 0
+    return target[:num], tensor[tuple(kept)]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

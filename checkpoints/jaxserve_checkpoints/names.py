@@ -53,13 +53,16 @@ class Place:
         name: the tensor's full name.
         shape: the shape that it must have in the file.
         index: of the leaf, as it is stored: the part that the tensor fills.
-        view_shape: `tensor.reshape(view_shape)` has the shape and order of `leaf[index]`, and copies nothing.
+        view_shape: `tensor.reshape(view_shape)` has the order of `leaf[index]`, and copies nothing.
+        copies: how many entries of `leaf[index]` along its first axis are each of the tensor's: over more devices than
+            kv heads, several hold one. Entries past the tensor's last are padding.
     """
 
     name: str
     shape: tuple[int, ...]
     index: tuple[int | slice, ...]
     view_shape: tuple[int, ...]
+    copies: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,16 @@ class Leaf:
     places: tuple[Place, ...]
 
 
-def leaves(specs: Mapping[str, Any]) -> Iterator[Leaf]:
-    """Every leaf of a decoder's spec tree with its places, in the order of the model's layers."""
-    yield from _group(specs, TOP, (), "")
-    for number, layer in enumerate(specs["layers"]):
-        yield from _group(layer, LAYER, ("layers", number), f"model.layers.{number}.")
+def leaves(specs: Mapping[str, Any], stored: Mapping[str, Any]) -> Iterator[Leaf]:
+    """Every leaf of a decoder's spec tree with its places, in the order of the model's layers.
+
+    Args:
+        specs: over as many devices as there are.
+        stored: the same model's on one device.
+    """
+    yield from _group(specs, stored, TOP, (), "")
+    for number, (layer, on_one) in enumerate(zip(specs["layers"], stored["layers"], strict=True)):
+        yield from _group(layer, on_one, LAYER, ("layers", number), f"model.layers.{number}.")
 
 
 def is_ignorable(name: str, *, tied: bool) -> bool:
@@ -88,22 +96,30 @@ def is_ignorable(name: str, *, tied: bool) -> bool:
 
 
 def _group(
-    specs: Mapping[str, Any], table: Mapping[str, tuple[str, Part, int]], path: TreePath, prefix: str
+    specs: Mapping[str, Any],
+    stored: Mapping[str, Any],
+    table: Mapping[str, tuple[str, Part, int]],
+    path: TreePath,
+    prefix: str,
 ) -> Iterator[Leaf]:
     places: dict[str, list[Place]] = {}
     for name, (leaf, part, num_outs) in table.items():
         if leaf in specs:
-            places.setdefault(leaf, []).append(_place(prefix + name, specs[leaf].shape, part, num_outs))
+            place = _place(prefix + name, specs[leaf].shape, stored[leaf].shape, part, num_outs)
+            places.setdefault(leaf, []).append(place)
     assert places.keys() == specs.keys() - {"layers"}, f"no Hugging Face name for {specs.keys() - places.keys()}"
     for leaf, found in places.items():
         yield Leaf((*path, leaf), specs[leaf], tuple(found))
 
 
-def _place(name: str, shape: tuple[int, ...], part: Part, num_outs: int) -> Place:
+def _place(name: str, shape: tuple[int, ...], stored: tuple[int, ...], part: Part, num_outs: int) -> Place:
     index = _part_index(part, num_groups=shape[1] - 2 if part in ("q", "k", "v") else 0)
     outs = _indexed_shape(shape[:num_outs], index)
+    if part in ("k", "v", "all"):  # fewer kv heads than devices; a vocabulary without its padding
+        outs = (stored[0], *outs[1:])
     file_shape = (math.prod(outs), math.prod(shape[num_outs:])) if num_outs < len(shape) else (math.prod(outs),)
-    return Place(name, file_shape, index, outs + shape[num_outs:])
+    copies = shape[0] // stored[0] if part in ("k", "v") else 1
+    return Place(name, file_shape, index, outs + shape[num_outs:], copies)
 
 
 def _part_index(part: Part, num_groups: int) -> tuple[int | slice, ...]:

@@ -6,15 +6,20 @@ what the arrays mean is the spec tree's.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import CheckpointError, ConfigError
-from jaxserve.parallel.specs import is_spec
+from jaxserve.models.params import decoder_specs
+from jaxserve.parallel.rules import placements_on, shardings
+from jaxserve.parallel.specs import ArraySpec, abstract_arrays, is_spec, map_specs
 from jaxserve_checkpoints import hf_config
 from jaxserve_checkpoints.manifest import Manifest
 from jaxserve_checkpoints.source import PARAMS_FOLDER
@@ -33,30 +38,76 @@ def save(folder: Path, params: Any) -> None:
         checkpointer.save((folder / PARAMS_FOLDER).absolute(), params, save_args=save_args)
 
 
-def restore(folder: Path, specs: Any, placements: Any, manifest: Manifest) -> Any:
-    """The tree of arrays, each device reading its own part.
+def restore(folder: Path, config: ModelConfig, mesh: Mesh | None, manifest: Manifest) -> Any:
+    """The tree of `decoder_specs` over any mesh, whatever the arrays were saved from; each device reads its own part.
+
+    Where several devices hold copies of one kv head, each reads that head's queries whole and keeps its share.
+
+    Args:
+        mesh: None is the first local device.
 
     Raises:
         CheckpointError: arrays that are not those of the configuration.
     """
-    import orbax.checkpoint as ocp
-
-    if (wanted := shapes(specs)) != manifest.parameters:
+    stored = decoder_specs(config)
+    if (wanted := shapes(stored)) != manifest.parameters:
         changed = sorted(name for name in wanted if manifest.parameters.get(name) != wanted[name])
         raise CheckpointError(
             f"The converted parameters are not those of config.json: {len(wanted)} arrays are wanted and "
             f"{len(manifest.parameters)} are there; first difference: {(changed or ['a surplus array'])[0]}. "
             "Convert the model again."
         )
-    abstract = jax.tree.map(
-        lambda spec, placement: jax.ShapeDtypeStruct(spec.shape, np.dtype(spec.dtype), sharding=placement),
-        specs,
-        placements,
-        is_leaf=is_spec,
-    )
+    if mesh is None:
+        return _read(folder, stored, placements_on(None, stored))
+    specs = decoder_specs(config, mesh.size)
+    if config.num_kv_heads >= mesh.size:
+        return _read(folder, specs, shardings(specs, mesh))
+    heads = Mesh(mesh.devices.reshape(config.num_kv_heads, -1), ("kv", "copy"))
+
+    def readable(spec: ArraySpec, on_one: ArraySpec) -> ArraySpec:
+        return on_one if "kv_heads" in spec.axes else spec
+
+    def placed(spec: ArraySpec) -> Sharding:
+        return NamedSharding(heads, _HEAD_PARTS[spec.axes]) if "kv_heads" in spec.axes else shardings(spec, mesh)
+
+    found = jax.tree.map(readable, specs, stored, is_leaf=is_spec)
+    read = _read(folder, found, map_specs(placed, found))
+    return jax.tree.map(lambda spec, array: _shared_out(spec, array, mesh), specs, read, is_leaf=is_spec)
+
+
+# What of its kv head a device reads: of qkv [K, G + 2, H, D] and its bias all, of o [D, K, G, H] its own queries'.
+_HEAD_PARTS: Mapping[tuple[str | None, ...], PartitionSpec] = MappingProxyType(
+    {
+        ("kv_heads", None, "head_dim", "embed"): PartitionSpec("kv"),
+        ("kv_heads", None, "head_dim"): PartitionSpec("kv"),
+        ("embed", "kv_heads", None, "head_dim"): PartitionSpec(None, "kv", "copy"),
+    }
+)
+
+
+def _shared_out(spec: ArraySpec, array: jax.Array, mesh: Mesh) -> jax.Array:
+    """What devices read of kv heads that several hold, as the array of one kv head a device."""
+    if "kv_heads" not in spec.axes:
+        return array
+    parts = {shard.device: shard.data for shard in array.addressable_shards}
+    if spec.axes[0] == "kv_heads":  # queries first, the head's key and value behind them
+        num_queries = array.shape[1] - 2
+        own, copies = spec.shape[1] - 2, num_queries // (spec.shape[1] - 2)
+        for place, device in enumerate(mesh.devices.flat):
+            first, part = place % copies * own, parts[device]
+            parts[device] = jnp.concatenate([part[:, first : first + own], part[:, num_queries:]], axis=1)
+    ordered = [parts[device] for device in mesh.devices.flat]
+    return jax.make_array_from_single_device_arrays(spec.shape, shardings(spec, mesh), ordered)
+
+
+def _read(folder: Path, specs: Any, placements: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    abstract = abstract_arrays(specs, placements)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((folder / PARAMS_FOLDER).absolute(), abstract)
+            # Not strict: what pads a vocabulary is not stored, and is made of zeros. Shapes have been compared.
+            return checkpointer.restore((folder / PARAMS_FOLDER).absolute(), abstract, strict=False)
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{PARAMS_FOLDER}/ cannot be restored: {str(error)[:300]}") from error
 

@@ -220,9 +220,15 @@ class MappedFiles:
 
     def array(self, info: TensorInfo) -> np.ndarray:
         """A read-only view of a tensor's bytes in their file, as its dtype and shape."""
-        mapped = self._maps[info.path]
-        if hasattr(mapped, "madvise"):
-            page = info.start // mmap.PAGESIZE * mmap.PAGESIZE
-            mapped.madvise(mmap.MADV_WILLNEED, page, info.stop - page)
-        view = np.frombuffer(mapped, np.uint8, info.num_bytes, info.start)
+        view = np.frombuffer(self._maps[info.path], np.uint8, info.num_bytes, info.start)
         return view.view(FLOATS[info.dtype]).reshape(info.shape)
+
+    def read_ahead(self, info: TensorInfo, part: np.ndarray) -> None:
+        """Has the system fetch the pages that `part`, a view into a tensor's `array`, lies on; waits for none."""
+        mapped = self._maps[info.path]
+        if not part.size or not hasattr(mapped, "madvise"):
+            return
+        low, high = np.lib.array_utils.byte_bounds(part)
+        begin = np.frombuffer(mapped, np.uint8, 1).ctypes.data
+        page = (low - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, high - begin - page)

@@ -1,8 +1,7 @@
 """Compiling the step programs before the first request, or loading them, and knowing that none is compiled after.
 
-A fixed set: one program for each token bucket, three for admission, and for beams and for moving blocks one or a few
-by size. They are called as compiled executables, so that a shape nobody planned for is an error and not a silent
-compilation.
+`programs` says which they are. They are called as compiled executables, so that a shape nobody planned for is an error
+and not a silent compilation.
 """
 
 from __future__ import annotations
@@ -21,24 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jaxserve.config import EngineLimits, ModelConfig
 from jaxserve.engine.beams import follow_sizes
 from jaxserve.engine.executables import ExecutableStore, is_supported, prune
+from jaxserve.engine.programs import Programs, copy_sizes, engine_programs, step_shape
 from jaxserve.errors import ConfigError
-from jaxserve.ops.beams import follow_beams, start_beams
-from jaxserve.ops.blocks import copy_blocks, gather_blocks, scatter_blocks
-from jaxserve.state import DecodeState, KVCache, StepShape, init_decode_state, init_kv_cache
-from jaxserve.steps import admit_row, count_fields, count_stored, row_fields, set_row_tables, step, table_fields
-from jaxserve.types import MAX_BEAM_WIDTH
+from jaxserve.parallel.mesh import mesh_of
+from jaxserve.state import StepShape
 
 logger = logging.getLogger(__name__)
 
 # (programs done, programs in all, name of the one just done, its seconds)
 OnProgress = Callable[[int, int, str, float], None]
-_Programs = dict[str, partial[Any]]  # name -> lowering, with the arguments' shapes
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
@@ -118,18 +112,6 @@ class CompiledSteps:
         )
 
 
-def step_shape(limits: EngineLimits, num_tokens: int) -> StepShape:
-    return StepShape(
-        num_tokens=num_tokens,
-        max_rows=limits.max_num_seqs,
-        max_blocks=limits.max_blocks_per_row,
-        block_size=limits.block_size,
-        q_tile=min(limits.q_tile, num_tokens),
-        kv_tile=limits.kv_tile,
-        max_steps=limits.max_decode_steps if num_tokens <= limits.decode_bucket else 1,
-    )
-
-
 def compile_steps(
     params: Any,
     model: ModelConfig,
@@ -146,14 +128,8 @@ def compile_steps(
         cache: where `use_compilation_cache` keeps programs; None neither loads nor keeps.
         reuse: False compiles all of them, and keeps what comes out.
     """
-    empty, kv, state = _empty_program(model, limits, jax.tree.leaves(params)[0].sharding)
-    programs = (  # the longest compilations first
-        _step_programs(jax.tree.map(_abstract, params), kv, state, model, limits)
-        | _state_programs(state, model, limits)
-        | _memory_programs(kv, state, limits)
-        | empty
-    )
-    store = ExecutableStore(cache, model, limits) if cache and is_supported() else None
+    programs = engine_programs(params, model, limits)
+    store = ExecutableStore(cache, model, limits, mesh_of(params)) if cache and is_supported() else None
     made = _make_all(programs, store, reuse, on_progress)
     compiled = {name: program.executable for name, program in made.items()}
     num_loaded = sum(program.loaded for program in made.values())
@@ -180,81 +156,6 @@ def compile_steps(
     )
 
 
-def copy_sizes(limits: EngineLimits) -> tuple[int, ...]:
-    """Numbers of blocks that copies are compiled for: a few, and one for each row."""
-    return tuple(sorted({min(8, limits.max_num_seqs), limits.max_num_seqs}))
-
-
-def _empty_program(model: ModelConfig, limits: EngineLimits, sharding: Any) -> tuple[_Programs, KVCache, DecodeState]:
-    """The program that makes cache and state, and their shapes.
-
-    One program, where a score of eager operations would take 0.7 s of a core to compile.
-    """
-    as_bits = jax.default_backend() == "cpu"
-
-    def empty() -> tuple[KVCache, DecodeState]:
-        kv = init_kv_cache(model, limits.num_blocks, limits.block_size, limits.kv_dtype, as_bits=as_bits)
-        return kv, init_decode_state(limits.max_num_seqs, limits.max_blocks_per_row, model.vocab_size)
-
-    place = partial(jax.ShapeDtypeStruct, sharding=sharding)
-    kv, state = jax.tree.map(lambda array: place(array.shape, array.dtype), jax.eval_shape(empty))
-    return {"empty": partial(jax.jit(empty, out_shardings=sharding).lower)}, kv, state
-
-
-def _step_programs(params: Any, kv: Any, state: Any, model: ModelConfig, limits: EngineLimits) -> _Programs:
-    programs: _Programs = {}
-    for num_tokens in reversed(limits.token_buckets):
-        shape = step_shape(limits, num_tokens)
-        function = partial(step, config=model, shape=shape, max_model_len=limits.max_model_len)
-        jitted = jax.jit(function, donate_argnums=(1, 2))
-        programs[f"step[{num_tokens}]"] = partial(jitted.lower, params, kv, state, _ints(shape.packed_len))
-    return programs
-
-
-def _state_programs(state: Any, model: ModelConfig, limits: EngineLimits) -> _Programs:
-    """Programs that change the decode state alone."""
-    programs: _Programs = {}
-    for name, function, fields in (
-        ("admit", admit_row, row_fields(limits.max_blocks_per_row)),
-        ("set_tables", set_row_tables, table_fields(model.vocab_size)),
-        (
-            "count_stored",
-            partial(count_stored, max_model_len=limits.max_model_len),
-            count_fields(limits.max_model_len),
-        ),
-        ("start_beams", start_beams, {"rows": MAX_BEAM_WIDTH}),
-    ):
-        packed = _ints(sum(fields.values()))
-        programs[name] = partial(jax.jit(function, donate_argnums=(0,)).lower, state, packed)
-    return programs
-
-
-def _memory_programs(kv: Any, state: Any, limits: EngineLimits) -> _Programs:
-    """Programs that move whole blocks."""
-    programs: _Programs = {}
-    follow = jax.jit(partial(follow_beams, block_size=limits.block_size), donate_argnums=(0, 1))
-    for size in follow_sizes(limits.max_num_seqs):
-        programs[f"follow_beams[{size}]"] = partial(follow.lower, kv, state, _ints(2 * size))
-    copy = jax.jit(copy_blocks, donate_argnums=(0,))
-    for size in copy_sizes(limits):
-        programs[f"copy[{size}]"] = partial(copy.lower, kv, _ints(2 * size))
-    gather, scatter = jax.jit(gather_blocks), jax.jit(scatter_blocks, donate_argnums=(0,))
-    for size in limits.swap_buckets:
-        layer = kv.layers[0]
-        payload = jax.ShapeDtypeStruct((size, len(kv.layers), *layer.shape[1:]), layer.dtype)
-        programs[f"gather[{size}]"] = partial(gather.lower, kv, _ints(size))
-        programs[f"scatter[{size}]"] = partial(scatter.lower, kv, payload, _ints(size))
-    return programs
-
-
-def _ints(length: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((length,), jnp.int32)
-
-
-def _abstract(array: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=getattr(array, "sharding", None))
-
-
 @dataclass(frozen=True, slots=True)
 class _Made:
     """One program. `seconds` is what it took to load or to compile."""
@@ -265,7 +166,7 @@ class _Made:
 
 
 def _make_all(
-    programs: _Programs, store: ExecutableStore | None, reuse: bool, on_progress: OnProgress | None
+    programs: Programs, store: ExecutableStore | None, reuse: bool, on_progress: OnProgress | None
 ) -> dict[str, _Made]:
     done: list[str] = []
 

@@ -24,11 +24,12 @@ from jaxserve.engine.resolve import resolve_engine_config
 from jaxserve.engine.runner import Runner, RunningStep
 from jaxserve.errors import EngineDeadError
 from jaxserve.metrics import EngineMetrics
+from jaxserve.parallel.mesh import bytes_on_each, first_device
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.sequences import Request
-from jaxserve.state import PROMPT_LOGPROBS, tree_device_bytes
+from jaxserve.state import PROMPT_LOGPROBS
 from jaxserve.types import BeamSearchParams, Delta, EngineStats, FinishReason, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -66,9 +67,9 @@ class EngineCore:
     ) -> None:
         begin = time.monotonic()
         cache = use_compilation_cache(config.compilation_cache_dir) if config.compilation_cache_dir else None
-        weight_bytes = tree_device_bytes(params)
+        device = first_device(params, config.tensor_parallel_size)
         self.model, self.config = model, config
-        self.limits = limits = resolve_engine_config(config, model, weight_bytes=weight_bytes)
+        self.limits = limits = resolve_engine_config(config, model, weight_bytes=bytes_on_each(params), device=device)
         self.runner = Runner(
             params, model, limits, verify_swaps=config.verify_swaps, on_progress=on_progress, cache=cache
         )

@@ -28,6 +28,7 @@ from typing import Any
 
 import jax
 from jax.core import ShapedArray
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxserve import state as state_types
 from jaxserve.config import EngineLimits, ModelConfig
@@ -70,13 +71,15 @@ class ExecutableStore:
 
     Args:
         folder: checked by `compiled.use_compilation_cache`: what lies there is executed.
+        mesh: the devices that programs run over; None is the first one.
     """
 
-    def __init__(self, folder: Path, model: ModelConfig, limits: EngineLimits) -> None:
+    def __init__(self, folder: Path, model: ModelConfig, limits: EngineLimits, mesh: Mesh | None = None) -> None:
         self._folder = folder / "executables"
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        device = jax.devices()[0]
-        self._facts = [*_environment(device), repr(model), repr(limits)]
+        self._mesh = mesh
+        devices = [jax.devices()[0]] if mesh is None else mesh.devices.flatten().tolist()
+        self._facts = [*_environment(devices[0]), repr(model), repr(limits), f"on {[device.id for device in devices]}"]
 
     def load(self, name: str, args: tuple[Any, ...]) -> Callable[..., Any] | None:
         """The program `name` for arguments of these shapes; None if it is not here or cannot be used."""
@@ -90,7 +93,7 @@ class ExecutableStore:
             return None
         try:
             header, code = _parse(content)
-            loaded = _load(header, code, args)
+            loaded = _load(header, code, args, self._mesh)
         except Exception as error:  # jax's internals may have changed in any way: compiling always works
             logger.warning("cannot use %s, compiling %s instead: %r", path, name, error)
             return None
@@ -101,7 +104,7 @@ class ExecutableStore:
         """Keeps a compiled program, if it is of a kind that can be kept."""
         path = self._path(name, args)
         try:
-            content = _format(executable)
+            content = _format(executable, self._mesh)
         except Exception as error:  # a backend that does not serialise, or internals that have changed
             logger.warning("cannot keep the program %s for the next start: %r", name, error)
             return
@@ -194,16 +197,15 @@ def source_digest() -> str:
     return digest.hexdigest()
 
 
-def _format(executable: jax.stages.Compiled) -> bytes:
+def _format(executable: jax.stages.Compiled, mesh: Mesh | None) -> bytes:
     """The file of an executable: magic, a line of JSON, the machine code, compressed (2.0 MB to 0.4 in 20 ms)."""
     unloaded: Any = executable._executable._unloaded_executable  # type: ignore[attr-defined]
     assert not executable._params.const_args, "constants that are arguments"
     assert not [*unloaded.unordered_effects, *unloaded.ordered_effects, *unloaded.host_callbacks], "effects"
     assert unloaded.mut is None, "mutable arrays"
     assert all(layout is None for layout in unloaded.dispatch_in_layouts), "layouts of its own"
-    shardings = {*unloaded.input_shardings, *unloaded.output_shardings}
-    assert len(shardings) == 1, f"several shardings: {shardings}"
-    assert isinstance(next(iter(shardings)), jax.sharding.SingleDeviceSharding), "several devices"
+    for sharding in unloaded.input_shardings:  # as the arguments say, which are at hand when it is loaded
+        _describe_sharding(sharding, mesh)
     code = unloaded.xla_executable.serialize()
     header = {
         "name": unloaded.name,
@@ -211,6 +213,7 @@ def _format(executable: jax.stages.Compiled) -> bytes:
         "kept_args": sorted(unloaded.kept_var_idx),
         "donated": [info.donated for info in jax.tree.leaves(executable.args_info)],
         "results": [_describe_array(aval) for aval in unloaded.output_avals],
+        "result_parts": [_describe_sharding(sharding, mesh) for sharding in unloaded.output_shardings],
         "result_tree": describe_tree(jax.tree.unflatten(executable.out_tree, range(executable.out_tree.num_leaves))),
         "sha256": hashlib.sha256(code).hexdigest(),
     }
@@ -228,25 +231,28 @@ def _parse(content: bytes) -> tuple[dict[str, Any], bytes]:
     return header, code
 
 
-def _load(header: dict[str, Any], code: bytes, args: tuple[Any, ...]) -> Callable[..., Any]:
+def _load(header: dict[str, Any], code: bytes, args: tuple[Any, ...], mesh: Mesh | None) -> Callable[..., Any]:
     """What `jax.experimental.serialize_executable.deserialize_and_load` makes, of a header and our own arguments."""
     from jax._src.interpreters import pxla
 
     leaves, in_tree = jax.tree.flatten((args, {}))
-    device = jax.devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
-    devices = sharding._internal_device_list
+    whole = SingleDeviceSharding(jax.devices()[0]) if mesh is None else NamedSharding(mesh, PartitionSpec())
+    devices: Any = whole._internal_device_list
+    client = next(iter(whole.device_set)).client
     avals = [ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves]
     kept = header["kept_args"]
     results = [ShapedArray(tuple(r["shape"]), jax.numpy.dtype(r["dtype"])) for r in header["results"]]
     unloaded = pxla.UnloadedMeshExecutable(
-        xla_executable=device.client.deserialize_executable(code, executable_devices=devices),
+        xla_executable=client.deserialize_executable(code, executable_devices=devices),
         device_list=devices,
-        backend=device.client,
+        backend=client,
         input_avals=[avals[place] for place in kept],
-        input_shardings=[sharding] * len(kept),
+        input_shardings=[getattr(leaves[place], "sharding", None) or whole for place in kept],
         output_avals=results,
-        output_shardings=[sharding] * len(results),
+        output_shardings=[
+            whole if parts is None else NamedSharding(whole.mesh, PartitionSpec(*parts))  # type: ignore[union-attr]
+            for parts in header["result_parts"]
+        ],
         committed=header["committed"],
         name=header["name"],
         unordered_effects=[],
@@ -265,6 +271,17 @@ def _load(header: dict[str, Any], code: bytes, args: tuple[Any, ...]) -> Callabl
     out_tree = jax.tree.structure(rebuild_tree(header["result_tree"]))
     args_info = jax.tree.unflatten(in_tree, infos)
     return jax.stages.Compiled(unloaded.load(), [], args_info, out_tree)
+
+
+def _describe_sharding(sharding: Any, mesh: Mesh | None) -> list[str | None] | None:
+    """How an array lies on the store's mesh, as JSON; None where it is whole."""
+    if mesh is None:
+        assert isinstance(sharding, SingleDeviceSharding), f"several devices: {sharding}"
+        return None
+    assert isinstance(sharding, NamedSharding), sharding
+    assert sharding.mesh == mesh, f"another mesh: {sharding}"
+    assert all(part is None or isinstance(part, str) for part in sharding.spec), sharding
+    return list(sharding.spec) or None
 
 
 def _describe_array(aval: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import jax
 
 from jaxserve.config import DTYPE_BYTES, DType, EngineConfig, EngineLimits, ModelConfig
 from jaxserve.errors import ConfigError
+from jaxserve.parallel.rules import check_divides
 
 GIB = 2**30
 KV_TILE = 128  # of 64, 64 rows at context 64 to 256 take a tenth more time, a chunk of 256 at 1,792 two fifths
@@ -22,13 +23,15 @@ def resolve_engine_config(
     """Decides every size that `config` left open.
 
     Args:
-        weight_bytes: what the parameters take on the device.
-        device: a jax.Device; the first one if None.
+        weight_bytes: what the parameters take on each device.
+        device: one of the jax.Devices; the first one if None.
 
     Raises:
         ConfigError: the sizes asked for contradict each other or do not fit the memory.
     """
     device = jax.devices()[0] if device is None else device
+    num_devices = config.tensor_parallel_size
+    check_divides(model, num_devices)
     on_cpu = device.platform == "cpu"
     max_num_seqs = config.max_num_seqs or (64 if on_cpu else 256)
     max_tokens = config.max_num_batched_tokens or max(256 if on_cpu else 2048, max_num_seqs)
@@ -44,7 +47,7 @@ def resolve_engine_config(
     kv_dtype: DType = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     num_blocks = _num_blocks(config, model, kv_dtype, max_num_seqs, max_tokens, max_model_len, weight_bytes, device)
     max_model_len = _fit_model_len(config, max_model_len, num_blocks)
-    block_bytes = model.kv_bytes_per_token(kv_dtype) * config.block_size
+    block_bytes = num_devices * model.kv_bytes_per_token(kv_dtype, num_devices) * config.block_size  # on the host
     blocks_per_row = -(-max_model_len // config.block_size)
     # Who enters anew finds nobody who gave way before it: no more sequences wait swapped than there are rows.
     num_swap_blocks = min(int(config.swap_space * GIB) // block_bytes, max_num_seqs * blocks_per_row)
@@ -66,6 +69,7 @@ def resolve_engine_config(
         swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
         max_decode_steps=min(config.max_decode_steps, config.block_size),  # so that a row opens one block at most
         exact=exact,
+        tensor_parallel_size=num_devices,
     )
 
 
@@ -120,7 +124,7 @@ def _num_blocks(
     weight_bytes: int,
     device: Any,
 ) -> int:
-    block_bytes = model.kv_bytes_per_token(kv_dtype) * config.block_size
+    block_bytes = model.kv_bytes_per_token(kv_dtype, config.tensor_parallel_size) * config.block_size
     blocks_per_row = -(-max_model_len // config.block_size)
     useful = max_num_seqs * blocks_per_row + 1  # more could never be in use
     if config.num_gpu_blocks_override is not None:
@@ -146,22 +150,25 @@ def _available_bytes(
     weight_bytes: int,
     device: Any,
 ) -> int:
-    """What is left for KV by the device's own account, or a fixed share of a CPU's memory."""
+    """What is left for KV on each device by its own account, or a fixed share of a CPU's memory, which all share."""
     if device.platform == "cpu":
         pages, page_bytes = os.sysconf("SC_AVPHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        return min(CPU_KV_BYTES, int(config.gpu_memory_utilization * pages * page_bytes))
+        of_all = min(CPU_KV_BYTES, int(config.gpu_memory_utilization * pages * page_bytes))
+        return of_all // config.tensor_parallel_size
     stats = device.memory_stats() or {}
     limit = stats.get("bytes_limit")
     if limit is None:
         raise ConfigError(f"{device.device_kind} does not report its memory. Set kv_cache_memory_bytes.")
     used = max(stats.get("bytes_in_use", 0), weight_bytes)
-    return int(config.gpu_memory_utilization * limit) - used - _activation_bytes(model, max_num_seqs, max_tokens)
+    activations = _activation_bytes(model, max_num_seqs, max_tokens, config.tensor_parallel_size)
+    return int(config.gpu_memory_utilization * limit) - used - activations
 
 
-def _activation_bytes(model: ModelConfig, max_num_seqs: int, max_tokens: int) -> int:
-    """An upper estimate of a step's temporaries and of `DecodeState`, float32."""
-    width = 4 * model.hidden_size + 4 * model.intermediate_size + 4 * model.num_heads * model.head_dim
-    logits = 6 * min(max_num_seqs, max_tokens) * model.vocab_size
+def _activation_bytes(model: ModelConfig, max_num_seqs: int, max_tokens: int, num_devices: int) -> int:
+    """An upper estimate of a step's temporaries and of `DecodeState` on each device, float32."""
+    cut = 4 * model.intermediate_size + 4 * model.num_heads * model.head_dim
+    width = 4 * model.hidden_size + -(-cut // num_devices)
+    logits = 6 * -(-min(max_num_seqs, max_tokens) // num_devices) * model.vocab_size
     return DTYPE_BYTES["float32"] * (max_tokens * width + logits + 2 * max_num_seqs * model.vocab_size)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from jaxserve.errors import EngineError
 from jaxserve.metrics import SwapTotals
@@ -97,8 +96,7 @@ class SwapStore:
         if self._staging is None:
             payload.copy_to_host_async()
         else:
-            (device,) = payload.devices()
-            payload = jax.device_put(payload, SingleDeviceSharding(device, memory_kind=self._staging))
+            payload = jax.device_put(payload, payload.sharding.with_memory_kind(self._staging))
         self._pending.append(_Transfer(payload, slots))
         self._count(self.out, len(slots), begin)
 

@@ -19,6 +19,7 @@ from jaxserve.config import ModelConfig
 from jaxserve.layers.linear import faster_form, linear, weight_left
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import apply_rope, rope_tables
+from jaxserve.parallel.axis import ONE_DEVICE, Axis
 
 Params = dict[str, Any]
 # (the layer's window, its cache, q [T, K, G, H] already scaled, k and v [T, K, H]) -> (out [T, K, G, H], cache)
@@ -40,6 +41,7 @@ def forward(
     config: ModelConfig,
     *,
     max_model_len: int | None = None,
+    axis: Axis = ONE_DEVICE,
 ) -> tuple[Float[Array, "tokens hidden"], tuple[Any, ...]]:
     """Hidden states after the final norm, and the caches as `attend` left them.
 
@@ -48,8 +50,10 @@ def forward(
         kv: one cache a layer, handed to `attend` and rebound.
         tokens, positions: [T]; a token's position in its own sequence.
         max_model_len: what dynamic rope scaling is fixed at; the model's own maximum by default.
+        axis: the devices that parameters and caches are cut over; then these are one device's parts of them, and the
+            hidden states are whole on every device.
     """
-    x = params["embed"][tokens].astype(jnp.float32)
+    x = axis.lookup(params["embed"], tokens).astype(jnp.float32)
     tables = rope_tables(positions, config.rope, config.head_dim, max_model_len or config.max_position)
 
     # Layers with the same window are the same program: traced and lowered once, inlined by the compiler.
@@ -59,8 +63,9 @@ def forward(
     ) -> tuple[jax.Array, Any]:
         h = rms_norm(x, layer["attn_norm"], config.rms_norm_eps)
         out, kv_layer = _attention(layer, h, tables, window, kv_layer, attend, config)
-        x = x + out
-        return x + _mlp(layer, rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), config), kv_layer
+        x = x + _whole(out, layer.get("o_bias"), axis)
+        out = _mlp(layer, rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), config)
+        return x + _whole(out, layer.get("down_bias"), axis), kv_layer
 
     new_kv = []
     for layer, kv_layer, window in zip(params["layers"], kv, config.layer_windows, strict=True):
@@ -70,13 +75,19 @@ def forward(
 
 
 def logits(params: Params, hidden: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
-    """float32 logits of each hidden state, by the head or the tied embedding."""
+    """float32 logits of each hidden state, by the head or the tied embedding, or by one device's part of it."""
     if "lm_head" in params:
         return linear(hidden, params["lm_head"])
     embed = params["embed"]
     return jax.lax.dot_general(
         hidden.astype(embed.dtype), embed, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
     )
+
+
+def _whole(part: jax.Array, bias: jax.Array | None, axis: Axis) -> jax.Array:
+    """A product whose inputs are cut over the devices: the sum of their parts, then once the bias."""
+    out = axis.sum(part)
+    return out if bias is None else out + bias.astype(jnp.float32)
 
 
 def _attention(
@@ -88,8 +99,8 @@ def _attention(
     attend: Attend,
     config: ModelConfig,
 ) -> tuple[jax.Array, Any]:
-    num_tokens, num_groups = x.shape[0], config.num_groups
-    qkv = linear(x, layer["qkv"], layer.get("qkv_bias"))  # [T, K, G + 2, H]
+    qkv = linear(x, layer["qkv"], layer.get("qkv_bias"))  # [T, K, G + 2, H], of this device's heads
+    num_tokens, num_groups = x.shape[0], qkv.shape[2] - 2
     q, k, v = qkv[:, :, :num_groups], qkv[:, :, num_groups], qkv[:, :, num_groups + 1]
     if config.qk_norm:
         q = rms_norm(q, layer["q_norm"], config.rms_norm_eps)
@@ -97,24 +108,26 @@ def _attention(
     q = apply_rope(q.reshape(num_tokens, -1, config.head_dim), *tables).reshape(q.shape)
     k = apply_rope(k, *tables)
     out, kv_layer = attend(window, kv_layer, q * config.head_dim**-0.5, k, v)
-    return linear(out, layer["o"], layer.get("o_bias"), num_in_axes=3), kv_layer
+    return linear(out, layer["o"], num_in_axes=3), kv_layer
 
 
 def _mlp(layer: Params, x: jax.Array, config: ModelConfig) -> jax.Array:
     activation = _ACTIVATIONS[config.activation]
-    down, down_bias = layer["down"], layer.get("down_bias")
-    gate_up, gate_up_bias = layer["gate_up"], layer.get("gate_up_bias")  # [2, F, hidden], [2, F]
+    gate_up, gate_up_bias, down = (
+        layer["gate_up"],
+        layer.get("gate_up_bias"),
+        layer["down"],
+    )  # [2, F, D], [2, F], [D, F]
     matrix = gate_up.reshape(-1, x.shape[1])
 
     def tokens_left(x: jax.Array) -> jax.Array:
         wide = linear(x, gate_up, gate_up_bias)  # [T, 2, F]
-        return linear(activation(wide[:, 0]) * wide[:, 1], down, down_bias)
+        return linear(activation(wide[:, 0]) * wide[:, 1], down)
 
     def weights_left(x: jax.Array) -> jax.Array:
         """The tokens stay columns between the products, so that nothing wide is transposed."""
         wide = weight_left(matrix, x).reshape(*gate_up.shape[:2], len(x))
         wide = wide if gate_up_bias is None else wide + gate_up_bias[..., None]
-        out = weight_left(down, activation(wide[0]) * wide[1], token_axis=1).T
-        return out if down_bias is None else out + down_bias
+        return weight_left(down, activation(wide[0]) * wide[1], token_axis=1).T
 
     return faster_form(x, tokens_left=tokens_left, weights_left=weights_left, weights=(matrix, down))

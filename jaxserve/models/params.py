@@ -8,6 +8,10 @@ the same from two rows up. Elsewhere the compiler chooses layouts itself.
 Fused tensors keep what belongs to one kv head together, so that sharding `kv_heads` (or `ffn`) over a
 mesh axis needs no reshuffling: `qkv` holds, per kv head, its G query heads, then k, then v; `gate_up`
 holds gate (0) and up (1).
+
+Over more devices than there are kv heads, each kv head is held by several, which share its query heads: the tree is
+that of a model with one kv head a device, some of which are equal. A vocabulary that does not divide is padded with
+rows that nothing reads.
 """
 
 from __future__ import annotations
@@ -15,31 +19,42 @@ from __future__ import annotations
 from typing import Any
 
 from jaxserve.config import ModelConfig
+from jaxserve.parallel.rules import check_divides
 from jaxserve.parallel.specs import ArraySpec
 
 
-def decoder_specs(config: ModelConfig) -> dict[str, Any]:
+def decoder_specs(config: ModelConfig, num_devices: int = 1) -> dict[str, Any]:
     """The tree of ArraySpec for `config`.
+
+    Args:
+        num_devices: that the model will be cut over; what is theirs together is what is said here.
 
     Returns:
         {"embed": [V, D], "layers": (one dict a layer, ...), "final_norm": [D], "lm_head": matrix}
         with `lm_head` absent when the embedding is tied.
+
+    Raises:
+        ConfigError: the model cannot be cut over so many devices.
     """
+    check_divides(config, num_devices)
     c = config
+    vocab = c.vocab_size + -c.vocab_size % num_devices
+    num_kv = c.num_kv_heads_over(num_devices)
     specs: dict[str, Any] = {
-        "embed": ArraySpec((c.vocab_size, c.hidden_size), c.dtype, ("vocab", "embed")),
-        "layers": tuple(_layer_specs(c) for _ in range(c.num_layers)),
+        "embed": ArraySpec((vocab, c.hidden_size), c.dtype, ("vocab", "embed")),
+        "layers": tuple(_layer_specs(c, num_kv) for _ in range(c.num_layers)),
         "final_norm": ArraySpec((c.hidden_size,), c.dtype, ("embed",), "ones"),
     }
     if not c.tied_embeddings:
-        specs["lm_head"] = _matrix(c, (c.hidden_size,), ("embed",), (c.vocab_size,), ("vocab",))
+        specs["lm_head"] = _matrix(c, (c.hidden_size,), ("embed",), (vocab,), ("vocab",))
     return specs
 
 
-def _layer_specs(c: ModelConfig) -> dict[str, ArraySpec]:
-    heads = (c.num_kv_heads, c.num_groups + 2, c.head_dim)
+def _layer_specs(c: ModelConfig, num_kv: int) -> dict[str, ArraySpec]:
+    num_groups = c.num_heads // num_kv
+    heads = (num_kv, num_groups + 2, c.head_dim)
     head_axes = ("kv_heads", None, "head_dim")
-    out_heads = (c.num_kv_heads, c.num_groups, c.head_dim)
+    out_heads = (num_kv, num_groups, c.head_dim)
     specs = {
         "attn_norm": ArraySpec((c.hidden_size,), c.dtype, ("embed",), "ones"),
         "qkv": _matrix(c, (c.hidden_size,), ("embed",), heads, head_axes),

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
+from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import BEAM, BEAM_COLUMNS, BeamState, DecodeState, KVCache
 from jaxserve.types import MAX_BEAM_WIDTH
 
@@ -23,19 +25,21 @@ _TOP_BLOCK = 128  # tokens a block of the two-level search for the likeliest
 
 
 def select_beams(
-    logits: Float[Array, "samples vocab"],
+    logits: Float[Array, "own vocab"],
     tokens: Int[Array, " samples"],
     state: DecodeState,
     rows: Int[Array, " samples"],
+    axis: Axis = ONE_DEVICE,
 ) -> tuple[Int[Array, " samples"], BeamState, Int[Array, "samples columns"]]:
     """Each search's likeliest continuations that do not stop become its beams, the likeliest in the row of beam 0.
 
     Equal sums rank by beam, then by logprob, then by token id, wherever the rows lie.
 
     Args:
-        logits: raw, float32.
+        logits: raw, float32, of all samples or of this device's share of them.
         tokens: what rows without beams sampled.
         rows: each sample's row; R for padding. All beams of a search are among them.
+        axis: the devices that share the samples.
 
     Returns:
         The tokens, those of beams replaced; scores and parents brought up to date; and an answer for the host,
@@ -45,18 +49,13 @@ def select_beams(
     num_rows = state.last_token.shape[0]
     row = jnp.minimum(rows, num_rows - 1)
     is_beam = (rows < num_rows) & ((state.sampling.features[row] & BEAM) != 0)
-    before = state.beams.scores[row]
-    norm = log_sum_exp(logits)
-    stop_ids = state.sampling.stop_ids[row]
-    going = logits.at[jnp.arange(len(rows))[:, None], stop_ids].set(-jnp.inf, mode="drop")
-    values, ids = likeliest(going, MAX_BEAM_WIDTH)
-    sums = before[:, None] + (values - norm[:, None])
+    sums, ids, stop_sums, stop_tokens = (
+        axis.gather(found, len(rows)) for found in _continuations(logits, state, axis.own(axis.pad(row)))
+    )
     slot, place, score = _rank(sums, state, row, rows)
     parent = jnp.take_along_axis(state.beams.peers[row], slot[:, None], axis=-1)[:, 0]
     parent = jnp.where(is_beam & (parent >= 0), parent, row)  # only NaN can lead past the search's beams
     token = ids[_sample_of(rows, num_rows)[parent], place]
-    stop_tokens, stop_values = _likeliest_stops(logits, stop_ids)
-    stop_sums = before[:, None] + (stop_values - norm[:, None])
     target = jnp.where(is_beam, rows, num_rows)
     beams = replace(
         state.beams,
@@ -65,6 +64,20 @@ def select_beams(
     )
     answer = jnp.concatenate([parent[:, None], _bits(score)[:, None], stop_tokens, _bits(stop_sums)], axis=-1)
     return jnp.where(is_beam, token, tokens), beams, answer
+
+
+def _continuations(
+    logits: Float[Array, "own vocab"], state: DecodeState, row: Int[Array, " own"]
+) -> tuple[Array, Array, Array, Array]:
+    """Each beam's likeliest ways to go on, sums and tokens, and to stop, the same."""
+    before = state.beams.scores[row]
+    norm = log_sum_exp(logits)
+    stop_ids = state.sampling.stop_ids[row]
+    going = logits.at[jnp.arange(len(row))[:, None], stop_ids].set(-jnp.inf, mode="drop")
+    values, ids = likeliest(going, MAX_BEAM_WIDTH)
+    stop_tokens, stop_values = _likeliest_stops(logits, stop_ids)
+    sums, stop_sums = (before[:, None] + (found - norm[:, None]) for found in (values, stop_values))
+    return sums, ids, stop_sums, stop_tokens
 
 
 def no_beams(
@@ -87,8 +100,7 @@ def _rank(
     peers = state.beams.peers[row]
     samples = _sample_of(rows, state.last_token.shape[0])[jnp.maximum(peers, 0)]
     pool = jnp.where(peers[:, :, None] >= 0, sums[samples], -jnp.inf).reshape(len(rows), -1)
-    # Equal ones come in ascending order of their index. The barrier is for the same reason as in `sampling._truncate`.
-    best, index = jax.lax.optimization_barrier(jax.lax.top_k(pool, num_places))
+    best, index = largest(pool, num_places)
     mine = jnp.minimum(state.beams.index[row], num_places - 1)[:, None]
     index = jnp.take_along_axis(index, mine, axis=-1)[:, 0]
     return index // num_places, index % num_places, jnp.take_along_axis(best, mine, axis=-1)[:, 0]
@@ -105,14 +117,13 @@ def likeliest(
     """
     num_rows, vocab = x.shape
     if vocab <= 2 * num * _TOP_BLOCK:
-        values, ids = jax.lax.optimization_barrier(jax.lax.top_k(x, min(num, vocab)))
-        return values, ids
+        return largest(x, min(num, vocab))
     blocks = jnp.pad(x, ((0, 0), (0, -vocab % _TOP_BLOCK)), constant_values=-jnp.inf)
     blocks = blocks.reshape(num_rows, -1, _TOP_BLOCK)
-    _, chosen = jax.lax.optimization_barrier(jax.lax.top_k(jnp.max(blocks, axis=-1), num))
+    _, chosen = largest(jnp.max(blocks, axis=-1), num)
     chosen = jnp.sort(chosen, axis=-1)
     inside = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(num_rows, -1)
-    values, index = jax.lax.optimization_barrier(jax.lax.top_k(inside, num))
+    values, index = largest(inside, num)
     block = jnp.take_along_axis(chosen, index // _TOP_BLOCK, axis=-1)
     return values, block * _TOP_BLOCK + index % _TOP_BLOCK
 
@@ -123,9 +134,7 @@ def _likeliest_stops(
     """Each row's likeliest stop tokens and their logits; as many as the widest search makes hypotheses in a step."""
     vocab = logits.shape[1]
     found = jnp.take_along_axis(logits, jnp.minimum(stop_ids, vocab - 1), axis=-1)
-    values, index = jax.lax.optimization_barrier(
-        jax.lax.top_k(jnp.where(stop_ids < vocab, found, -jnp.inf), MAX_BEAM_WIDTH)
-    )
+    values, index = largest(jnp.where(stop_ids < vocab, found, -jnp.inf), MAX_BEAM_WIDTH)
     return jnp.where(values > -jnp.inf, jnp.take_along_axis(stop_ids, index, axis=-1), -1), values
 
 

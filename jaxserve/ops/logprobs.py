@@ -14,8 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.models.decoder import logits as compute_logits
+from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import LOGPROB_COLUMNS
 from jaxserve.types import MAX_LOGPROBS, TokenLogprobs
 
@@ -30,24 +32,38 @@ def pack_logprobs(
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = jnp.sum(logits >= chosen, axis=-1, keepdims=True, dtype=jnp.int32)
     num_top = min(MAX_LOGPROBS, logits.shape[-1])
-    values, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, num_top))  # see ops.sampling
+    values, ids = largest(logits, num_top)
     pad = ((0, 0), (0, MAX_LOGPROBS - num_top))
     as_bits = lambda x: jax.lax.bitcast_convert_type(x - log_total, jnp.int32)  # noqa: E731
     return jnp.concatenate([as_bits(chosen), rank, jnp.pad(ids, pad), jnp.pad(as_bits(values), pad)], axis=-1)
 
 
 def pack_prompt_logprobs(
-    params: dict[str, Any], hidden: Float[Array, "tokens hidden"], targets: Int[Array, " tokens"]
+    params: dict[str, Any],
+    hidden: Float[Array, "tokens hidden"],
+    targets: Int[Array, " tokens"],
+    vocab_size: int,
+    axis: Axis = ONE_DEVICE,
 ) -> Int[Array, "tokens columns"]:
-    """int32 [T, 42]: for each token of the stream, the logprobs of the token that follows it."""
+    """int32 [T, 42]: for each token of the stream, the logprobs of the token that follows it.
+
+    Args:
+        axis: the devices that the vocabulary is cut over; each takes a share of the tokens.
+    """
     num_tokens = hidden.shape[0]
     chunk = min(_PROMPT_CHUNK, num_tokens)
+    chunk += -chunk % axis.size
     pad = -num_tokens % chunk
     chunks = (
         jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1]),
         jnp.pad(targets, (0, pad)).reshape(-1, chunk),
     )
-    packed = jax.lax.map(lambda c: pack_logprobs(compute_logits(params, c[0]), jnp.maximum(c[1], 0)), chunks)
+
+    def pack(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
+        logits = axis.own_whole(compute_logits(params, chunk[0]), vocab_size)
+        return axis.gather(pack_logprobs(logits, axis.own(jnp.maximum(chunk[1], 0))), len(chunk[1]))
+
+    packed = jax.lax.map(pack, chunks)
     return packed.reshape(-1, LOGPROB_COLUMNS)[:num_tokens]
 
 

@@ -6,13 +6,39 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxserve.config import ModelConfig
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.specs import ArraySpec, map_specs
 
+MESH_AXIS = "tp"
 # Axes that are not named here are whole on every device.
-MESH_AXES: Mapping[str, str] = MappingProxyType({"vocab": "tp", "ffn": "tp", "kv_heads": "tp"})
+MESH_AXES: Mapping[str, str] = MappingProxyType({"vocab": MESH_AXIS, "ffn": MESH_AXIS, "kv_heads": MESH_AXIS})
+
+
+def check_divides(config: ModelConfig, num_devices: int) -> None:
+    """Whether a model can be cut over so many devices.
+
+    The vocabulary is padded; kv heads are copied where there are fewer of them than devices.
+
+    Raises:
+        ConfigError: its heads or its feed-forward width do not divide.
+    """
+    if _divides(config, num_devices):
+        return
+    sizes = [size for size in range(1, config.num_heads + 1) if _divides(config, size)]
+    raise ConfigError(
+        f"tensor_parallel_size={num_devices} does not divide this model: it has {config.num_heads} query heads, "
+        f"{config.num_kv_heads} kv heads and a feed-forward width of {config.intermediate_size}. "
+        f"Choose one of {', '.join(map(str, sizes))}."
+    )
+
+
+def _divides(config: ModelConfig, num_devices: int) -> bool:
+    few, many = sorted((config.num_kv_heads, num_devices))
+    return not (many % few or config.num_heads % num_devices or config.intermediate_size % num_devices)
 
 
 def partition_spec(spec: ArraySpec) -> PartitionSpec:
@@ -27,6 +53,14 @@ def shardings(specs: Any, mesh: Mesh) -> Any:
         ConfigError: a dimension does not divide by the mesh axis that it is cut over.
     """
     return map_specs(lambda spec: _sharding(spec, mesh), specs)
+
+
+def placements_on(mesh: Mesh | None, specs: Any) -> Any:
+    """A tree of shardings for a tree of ArraySpec: over a mesh, or on the first local device."""
+    if mesh is not None:
+        return shardings(specs, mesh)
+    only = SingleDeviceSharding(jax.local_devices()[0])
+    return map_specs(lambda spec: only, specs)
 
 
 def _sharding(spec: ArraySpec, mesh: Mesh) -> NamedSharding:

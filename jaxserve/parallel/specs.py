@@ -48,6 +48,16 @@ def map_specs(function: Callable[[ArraySpec], Any], specs: Any) -> Any:
     return jax.tree.map(function, specs, is_leaf=is_spec)
 
 
+def abstract_arrays(specs: Any, placements: Any) -> Any:
+    """Arrays that are not there: a tree of ShapeDtypeStruct for a tree of ArraySpec and one of shardings."""
+    return jax.tree.map(
+        lambda spec, placement: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(spec.dtype), sharding=placement),
+        specs,
+        placements,
+        is_leaf=is_spec,
+    )
+
+
 def tree_bytes(specs: Any) -> int:
     return sum(spec.num_bytes for spec in jax.tree.leaves(specs, is_leaf=is_spec))
 

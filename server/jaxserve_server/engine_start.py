@@ -14,6 +14,7 @@ import jax
 from jaxserve import __version__
 from jaxserve.config import EngineLimits
 from jaxserve.engine.async_engine import AsyncEngine
+from jaxserve.parallel.mesh import bytes_on_each, mesh_for
 from jaxserve_checkpoints.load import LoadedModel, load_model
 from jaxserve_server.engine_process import ReadyEngine
 from jaxserve_server.startup_log import log_compiled, log_engine_ready, log_kv_cache, log_reuse, log_weights
@@ -27,8 +28,9 @@ def read_weights(start: Start) -> LoadedModel:
         CheckpointError: it cannot be read.
         ConfigError: it cannot be served as asked.
     """
-    model = load_model(start.model, dtype=start.dtype, revision=start.revision)
-    log_weights(model.num_bytes, model.seconds)
+    mesh = mesh_for(start.engine.tensor_parallel_size)
+    model = load_model(start.model, dtype=start.dtype, mesh=mesh, revision=start.revision)
+    log_weights(bytes_on_each(model.params), model.seconds, start.engine.tensor_parallel_size)
     return model
 
 
@@ -41,7 +43,7 @@ def log_engine(start: Start, limits: EngineLimits, kv_bytes: int, init_s: float)
     """Says what an engine holds, and how long it took to begin."""
     log_kv_cache(
         device=jax.default_backend().upper(),
-        num_bytes=kv_bytes,
+        num_bytes=kv_bytes // limits.tensor_parallel_size,
         num_tokens=limits.num_kv_tokens,
         max_model_len=limits.max_model_len,
         concurrency=limits.max_concurrency,
@@ -57,10 +59,12 @@ def log_engine(start: Start, limits: EngineLimits, kv_bytes: int, init_s: float)
 def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:
     """Names what the tokens depend on: our version, the weights, and how sums are rounded.
 
-    In exact mode that is the dtypes, the tiles, the backend and its version; else the sizes of steps are among it.
+    In exact mode that is the dtypes, the tiles, the devices, the backend and its version; else the sizes of steps are
+    among it.
     """
     device = jax.devices()[0]
     numerics = f"{model.config.dtype} {limits.kv_dtype} {limits.max_model_len} {limits.kv_tile} {limits.q_tile}"
+    numerics += f" over {limits.tensor_parallel_size}"
     if not limits.exact:
         numerics += f" {limits}"
     facts = f"{model.version} {numerics} {device.platform} {device.device_kind} {version('jaxlib')}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
-ONE_DEVICE = "jaxserve runs on one device"
+ONE_DEVICE = "jaxserve runs one replica on the devices of one machine; see --tensor-parallel-size"
 NO_LORA = "LoRA adapters are not implemented"
 NO_TOOLS = "tool calls and reasoning parsers are not implemented"
 NO_GRAMMAR = "structured output is not implemented"
@@ -97,7 +97,6 @@ _REASONS: dict[str, tuple[str, ...]] = {
 
 # Flags (with their short names) of which only the value that changes nothing is taken.
 ONLY: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("--tensor-parallel-size", "-tp"): ("1",),
     ("--pipeline-parallel-size", "-pp"): ("1",),
     ("--data-parallel-size", "-dp"): ("1",),
     ("--load-format",): ("auto", "safetensors"),

@@ -113,6 +113,7 @@ def add_server_flags(parser: Parser) -> None:
 def add_engine_flags(parser: Parser) -> None:
     group = parser.add_argument_group("engine")
     add = group.add_argument
+    add("--tensor-parallel-size", "-tp", type=positive, metavar="N", help="devices that the model is cut over (1)")
     add("--max-num-seqs", type=positive, metavar="N", help="sequences a step")
     add("--max-num-batched-tokens", type=positive, metavar="N", help="tokens a step; longer prompts are chunked")
     add("--max-num-queued-reqs", type=positive, metavar="N", help="waiting requests; more get 503 (1024)")

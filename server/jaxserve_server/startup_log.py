@@ -41,8 +41,10 @@ def log_banner(options: Options) -> None:
     logger.info("non-default args: %s", dict(sorted(shown.items())))
 
 
-def log_weights(num_bytes: int, seconds: float) -> None:
-    logger.info("Model loading took %.4f GiB memory and %.2f seconds", num_bytes / GIB, seconds)
+def log_weights(num_bytes: int, seconds: float, num_devices: int) -> None:
+    """Says what the weights take on each device."""
+    on_each = "" if num_devices == 1 else f" on each of {num_devices} devices"
+    logger.info("Model loading took %.4f GiB memory%s and %.2f seconds", num_bytes / GIB, on_each, seconds)
 
 
 def log_vocabularies(num_tokenizer_ids: int, num_model_ids: int) -> None:

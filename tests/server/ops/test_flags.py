@@ -144,7 +144,7 @@ def test_the_file_goes_below_the_flags_and_above_the_defaults(tmp_path):
     [
         (b"port: [", "not YAML, line"),
         (b"- a", "must hold"),
-        (b"tensor-parallel-size: 2", "not supported"),
+        (b"pipeline-parallel-size: 2", "not supported"),
         (b"prot: 1", "did you mean --port"),
         (b"port: x", "--port"),
         (b"\xff\xfe", "UTF-8"),
@@ -176,8 +176,10 @@ def test_a_bad_file_is_a_usage_error(capsys, tmp_path, content, said):
         (("demo", "--quantization", "fp8"), "not supported: --quantization: quantised"),
         (("--speculative-config={}",), "not supported: --speculative-config: speculative"),
         (("--trust-remote-code",), "is never run"),
-        (("-tp", "2"), "not supported: '2'; only 1"),
-        (("--tensor-parallel-size=4",), "not supported: '4'; only 1"),
+        (("-pp", "2"), "not supported: '2'; only 1"),
+        (("--data-parallel-size=4",), "not supported: '4'; only 1"),
+        (("--tensor-parallel-size", "0"), "--tensor-parallel-size"),
+        (("--nnodes", "2"), "on the devices of one machine; see --tensor-parallel-size"),
         (("--max-num-seq", "4"), "unknown flag --max-num-seq; did you mean --max-num-seqs?"),
         (("--frobnicate",), "unknown flag --frobnicate\n"),
         (("demo", "other"), "unexpected arguments: other"),
@@ -201,8 +203,8 @@ def test_refusals_say_why(capsys, argv, said):
 @pytest.mark.parametrize(
     "argv",
     [
-        ("-tp", "1"),
-        ("--tensor_parallel_size", "1"),
+        ("-pp", "1"),
+        ("--data_parallel_size", "1"),
         ("--enable-chunked-prefill",),
         ("--no-enable-log-requests",),
         ("--load-format", "safetensors"),
@@ -210,6 +212,12 @@ def test_refusals_say_why(capsys, argv, said):
 )
 def test_flags_that_ask_for_what_is_done_anyway_are_taken(argv):
     assert options(*argv).model == "demo"
+
+
+@pytest.mark.parametrize("argv", [("-tp", "4"), ("--tensor_parallel_size", "4"), ("--tensor-parallel-size=4",)])
+def test_the_number_of_devices_reaches_the_engine(argv):
+    assert options(*argv).engine.tensor_parallel_size == 4
+    assert options().engine.tensor_parallel_size == 1
 
 
 def test_memory_for_reuse_is_on_unless_it_is_turned_off():
