@@ -1,8 +1,9 @@
 # Each target does the set-up that it needs. PYTHON=… chooses the interpreter of a new environment,
-# VENV=… the environment, EXTRA=cuda12|cuda13|tpu the accelerator, ARGS=… is handed to the command.
+# VENV=… the environment, EXTRA=cuda12|cuda13|tpu|tpu-compile the accelerator, ARGS=… is handed to the command.
 VENV ?= .venv
 EXTRA ?=
 ARGS ?=
+comma := ,
 export PYTHON
 
 .PHONY: help serve test check setup setup-dev clean
@@ -20,7 +21,7 @@ setup:
 	@scripts/setup_venv $(VENV) "$(EXTRA)"
 
 setup-dev:
-	@scripts/setup_venv $(VENV) dev
+	@scripts/setup_venv $(VENV) "dev$(if $(EXTRA),$(comma)$(EXTRA))"
 
 serve: setup
 	@exec $(VENV)/bin/python -m jaxserve.serve $(ARGS)

@@ -8,6 +8,7 @@ from typing import Literal
 from jaxserve.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
+AttentionBackend = Literal["xla", "tpu", "gpu", "reference"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -125,6 +126,8 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory for weights, activations and KV.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
         kv_cache_dtype: "auto" is the model's dtype.
+        attention_backend: "pallas" are the kernels of `pallas_kernels`, "xla" plain XLA. "auto" takes kernels where
+            there are some for the device and the model and their answers are right there (`engine.attention`).
         enable_prefix_caching: keep the KV of past prompts and outputs for requests that begin with them.
         swap_space: GiB of host memory for the KV of preempted sequences; 0 computes them again instead.
         verify_swaps: checksum every block on its way to host memory and back. For tests: about 1 GB/s.
@@ -153,6 +156,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     num_gpu_blocks_override: int | None = None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention_backend: Literal["auto", "xla", "pallas"] = "auto"
     enable_prefix_caching: bool = True
     swap_space: float = 4.0
     verify_swaps: bool = False
@@ -205,6 +209,7 @@ class EngineLimits:
         swap_buckets: the block counts that copies to and from host memory are compiled for, ascending.
         max_decode_steps: decode steps that one call of the device can run.
         exact: only buckets whose bits agree are used.
+        attention: "xla", or whose Pallas kernels compute it.
         tensor_parallel_size: devices that parameters and cache are cut over.
     """
 
@@ -223,6 +228,7 @@ class EngineLimits:
     swap_buckets: tuple[int, ...] = ()
     max_decode_steps: int = 1
     exact: bool = False
+    attention: AttentionBackend = "xla"
     tensor_parallel_size: int = 1
 
     @property

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import AttentionBackend, ModelConfig
 from jaxserve.types import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
@@ -47,6 +47,8 @@ class StepShape:
         block_size: C, tokens a block.
         q_tile, kv_tile: tokens a tile of the attention over prefill chunks, and of keys.
         max_steps: K, decode steps that one call can run; 1 where a smaller bucket holds a token of each row.
+        attention: "xla", or whose kernels compute it.
+        interpret_kernels: run them in their interpreter, which a CPU can: for tests.
     """
 
     num_tokens: int
@@ -56,6 +58,8 @@ class StepShape:
     q_tile: int
     kv_tile: int
     max_steps: int = 1
+    attention: AttentionBackend = "xla"
+    interpret_kernels: bool = False
 
     @property
     def num_samples(self) -> int:

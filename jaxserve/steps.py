@@ -6,6 +6,7 @@ stream with a row and a position.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from jaxtyping import Array, Int
 
 from jaxserve.config import ModelConfig
 from jaxserve.models.decoder import forward
+from jaxserve.ops.kernel_attention import kernel_attention, kernel_write, stream_sequences
 from jaxserve.ops.logprobs import pack_prompt_logprobs
 from jaxserve.ops.next_tokens import no_next_tokens, sample_next_tokens
 from jaxserve.ops.paged_attention import decode_order, paged_attention, write_kv
@@ -156,14 +158,22 @@ def _forward(
     axis: Axis,
 ) -> tuple[jax.Array, KVCache]:
     slots = _slots(state, batch, shape, kv.layers[0].shape[0])
-    order = decode_order(state.block_tables, batch, shape)
+    tables = state.block_tables
+    attention: Callable[..., jax.Array]
+    write: Callable[..., jax.Array]
+    if shape.attention == "xla":
+        write = partial(write_kv, dtype=kv.dtype)
+        order = decode_order(tables, batch, shape)
+        attention = partial(paged_attention, block_tables=tables, batch=batch, shape=shape, dtype=kv.dtype, order=order)
+    else:
+        write = partial(kernel_write, shape=shape)
+        attention = partial(kernel_attention, sequences=stream_sequences(tables, batch, shape), shape=shape)
 
     def attend(
         window: int | None, cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        cache = write_kv(cache, k, v, slots, kv.dtype)
-        out = paged_attention(q, cache, state.block_tables, batch, shape, dtype=kv.dtype, window=window, order=order)
-        return out, cache
+        cache = write(cache, k, v, slots)
+        return attention(q=q, cache=cache, window=window), cache
 
     hidden, layers = forward(
         params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len, axis=axis

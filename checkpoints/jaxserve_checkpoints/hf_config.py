@@ -68,6 +68,7 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
     }
 )
 # Fields that change the model's arithmetic in ways we do not have, and the values that mean "off".
+CONFIG_FILE = "config.json"
 _OFF: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "quantization_config": (None, {}),
@@ -146,7 +147,7 @@ def read_config(folder: Path, *, dtype: str = "auto", stored_dtype: str | None =
         UnsupportedModelError: an architecture or feature that is not implemented; named, with its value.
         CheckpointError: a file that is absent, is not JSON or breaks the schema.
     """
-    fields = _read_json(folder / "config.json", HFConfig)
+    fields = _read_json(folder / CONFIG_FILE, HFConfig)
     generation = _read_generation(folder)
     name, family = _family(fields)
     for field, off in _OFF.items():

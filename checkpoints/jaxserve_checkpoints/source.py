@@ -36,13 +36,14 @@ class Source:
     kind: Literal["huggingface", "converted"]
 
 
-def resolve(name: str | Path, *, revision: str | None = None) -> Source:
+def resolve(name: str | Path, *, revision: str | None = None, weights: bool = True) -> Source:
     """The folder that `name` means, downloaded first if it is a hub repository.
 
     Args:
         name: "demo", "demo-draft", a folder, or `org/name`, `org/name@revision`. A folder called demo is
             reached as ./demo.
         revision: of a hub repository: a branch, tag or commit.
+        weights: False leaves a repository's weights where they are.
 
     Raises:
         CheckpointError: no such folder, or the hub does not give it (offline, absent, gated).
@@ -62,7 +63,7 @@ def resolve(name: str | Path, *, revision: str | None = None) -> Source:
         )
     if revision and match["revision"] and revision != match["revision"]:
         raise CheckpointError(f"{text} and revision {revision!r} disagree. Give one of them.")
-    return _local(text, _download(match["id"], revision or match["revision"]))
+    return _local(text, _download(match["id"], revision or match["revision"], weights=weights))
 
 
 def _local(name: str, folder: Path) -> Source:
@@ -72,7 +73,7 @@ def _local(name: str, folder: Path) -> Source:
     return Source(name, folder, "converted" if converted else "huggingface")
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, *, weights: bool) -> Path:
     # Imported here: it takes a third of a second, and a local folder needs none of it.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -83,9 +84,10 @@ def _download(repository: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    wanted = [pattern for pattern in DOWNLOADED if weights or not pattern.endswith(".safetensors")]
     at = f" at revision {revision!r}" if revision else ""
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
     except GatedRepoError:
         reason = "its owner asks you to accept terms first: do so on the hub, then set HF_TOKEN"
     except RepositoryNotFoundError:

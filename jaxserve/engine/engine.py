@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine.admission import AdmittedParams, admit
+from jaxserve.engine.attention import try_attention
 from jaxserve.engine.compiled import OnProgress, compile_counter, use_compilation_cache
 from jaxserve.engine.generation import Gains, Generation, gains_of
 from jaxserve.engine.resolve import resolve_engine_config
@@ -69,7 +70,8 @@ class EngineCore:
         cache = use_compilation_cache(config.compilation_cache_dir) if config.compilation_cache_dir else None
         device = first_device(params, config.tensor_parallel_size)
         self.model, self.config = model, config
-        self.limits = limits = resolve_engine_config(config, model, weight_bytes=bytes_on_each(params), device=device)
+        limits = resolve_engine_config(config, model, weight_bytes=bytes_on_each(params), device=device)
+        self.limits = limits = try_attention(limits, config, model)
         self.runner = Runner(
             params, model, limits, verify_swaps=config.verify_swaps, on_progress=on_progress, cache=cache
         )

@@ -29,6 +29,7 @@ from jaxserve.parallel.specs import map_specs
 from jaxserve.state import DecodeState, KVCache, StepShape, init_decode_state, init_kv_cache
 from jaxserve.steps import admit_row, count_fields, count_stored, row_fields, set_row_tables, step, table_fields
 from jaxserve.types import MAX_BEAM_WIDTH
+from pallas_kernels.common import tpu_pool_format
 
 Programs = dict[str, partial[Any]]  # name -> lowering, with the arguments' shapes
 
@@ -46,6 +47,7 @@ def step_shape(limits: EngineLimits, num_tokens: int) -> StepShape:
         q_tile=min(limits.q_tile, num_tokens),
         kv_tile=limits.kv_tile,
         max_steps=limits.max_decode_steps if num_tokens <= limits.decode_bucket else 1,
+        attention=limits.attention,
     )
 
 
@@ -80,6 +82,7 @@ class _Memory:
     mesh: Mesh | None
     kv: KVCache
     state: DecodeState
+    pool: Any  # where and how the cache lies, if it must be said: the TPU kernels want heads before tokens
     empty: partial[Any]
 
     @classmethod
@@ -94,12 +97,15 @@ class _Memory:
             )
             return kv, init_decode_state(limits.max_num_seqs, limits.max_blocks_per_row, model.vocab_size)
 
-        parts = (on_params, on_params) if mesh is None else tuple(NamedSharding(mesh, p) for p in (_CACHE, _WHOLE))
+        parts = [on_params, on_params] if mesh is None else [NamedSharding(mesh, p) for p in (_CACHE, _WHOLE)]
+        if limits.attention == "tpu":
+            parts[0] = tpu_pool_format(parts[0])
         kv, state = (
             jax.tree.map(lambda array, s=sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=s), tree)
             for tree, sharding in zip(jax.eval_shape(empty), parts, strict=True)
         )
-        return cls(mesh, kv, state, partial(jax.jit(empty, out_shardings=parts).lower))
+        pool = parts[0] if limits.attention == "tpu" else None
+        return cls(mesh, kv, state, pool, partial(jax.jit(empty, out_shardings=tuple(parts)).lower))
 
     def ints(self, length: int) -> jax.ShapeDtypeStruct:
         """The shape of a packed array."""
@@ -108,6 +114,13 @@ class _Memory:
     def array(self, shape: tuple[int, ...], dtype: Any, parts: PartitionSpec) -> jax.ShapeDtypeStruct:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, parts)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def jit(self, function: Callable, donate: tuple[int, ...], num_others: int = 0) -> Any:
+        """A program that gives back the cache, and so many other results after it."""
+        if self.pool is None:
+            return jax.jit(function, donate_argnums=donate)
+        gives = (self.pool, *(None,) * num_others) if num_others else self.pool
+        return jax.jit(function, donate_argnums=donate, out_shardings=gives)
 
     def spread(self, function: Callable, takes: tuple[Any, ...], gives: Any) -> Callable:
         """`function` of one device's parts as a function of whole arrays.
@@ -128,7 +141,7 @@ def _step_programs(params: Any, memory: _Memory, model: ModelConfig, limits: Eng
         shape = step_shape(limits, num_tokens)
         function = partial(step, config=model, shape=shape, max_model_len=limits.max_model_len, axis=axis)
         function = memory.spread(function, (cut, _CACHE, _WHOLE, _WHOLE), (_CACHE, _WHOLE, _WHOLE))
-        jitted = jax.jit(function, donate_argnums=(1, 2))
+        jitted = memory.jit(function, donate=(1, 2), num_others=2)
         packed = memory.ints(shape.packed_len)
         programs[f"step[{num_tokens}]"] = partial(jitted.lower, params, memory.kv, memory.state, packed)
     return programs
@@ -158,14 +171,14 @@ def _block_programs(memory: _Memory, limits: EngineLimits) -> Programs:
     kv, ints = memory.kv, memory.ints
     function = partial(follow_beams, block_size=limits.block_size)
     function = memory.spread(function, (_CACHE, _WHOLE, _WHOLE), (_CACHE, _WHOLE))
-    follow = jax.jit(function, donate_argnums=(0, 1))
+    follow = memory.jit(function, donate=(0, 1), num_others=1)
     for size in follow_sizes(limits.max_num_seqs):
         programs[f"follow_beams[{size}]"] = partial(follow.lower, kv, memory.state, ints(2 * size))
-    copy = jax.jit(memory.spread(copy_blocks, (_CACHE, _WHOLE), _CACHE), donate_argnums=(0,))
+    copy = memory.jit(memory.spread(copy_blocks, (_CACHE, _WHOLE), _CACHE), donate=(0,))
     for size in copy_sizes(limits):
         programs[f"copy[{size}]"] = partial(copy.lower, kv, ints(2 * size))
     gather = jax.jit(memory.spread(gather_blocks, (_CACHE, _WHOLE), _PAYLOAD))
-    scatter = jax.jit(memory.spread(scatter_blocks, (_CACHE, _PAYLOAD, _WHOLE), _CACHE), donate_argnums=(0,))
+    scatter = memory.jit(memory.spread(scatter_blocks, (_CACHE, _PAYLOAD, _WHOLE), _CACHE), donate=(0,))
     for size in limits.swap_buckets:
         layer = kv.layers[0]
         payload = memory.array((size, len(kv.layers), *layer.shape[1:]), layer.dtype, _PAYLOAD)

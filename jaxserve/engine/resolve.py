@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 import jax
 
 from jaxserve.config import DTYPE_BYTES, DType, EngineConfig, EngineLimits, ModelConfig
+from jaxserve.engine.attention import choose_attention
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.rules import check_divides
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 KV_TILE = 128  # of 64, 64 rows at context 64 to 256 take a tenth more time, a chunk of 256 at 1,792 two fifths
@@ -52,7 +56,9 @@ def resolve_engine_config(
     # Who enters anew finds nobody who gave way before it: no more sequences wait swapped than there are rows.
     num_swap_blocks = min(int(config.swap_space * GIB) // block_bytes, max_num_seqs * blocks_per_row)
     kv_tile = max(KV_TILE if max_model_len <= 16_384 else 2 * KV_TILE, config.block_size)
-    tiles = -(-max_model_len // kv_tile)
+    max_blocks_per_row = -(-max_model_len // kv_tile) * kv_tile // config.block_size
+    attention = choose_attention(config, model, kv_dtype, device, (max_num_seqs, max_blocks_per_row))
+    logger.info("attention: %s (%s)", attention.backend, attention.reason)
     return EngineLimits(
         max_model_len=max_model_len,
         block_size=config.block_size,
@@ -60,7 +66,7 @@ def resolve_engine_config(
         max_num_batched_tokens=max_tokens,
         max_num_queued_reqs=config.max_num_queued_reqs,
         num_blocks=num_blocks,
-        max_blocks_per_row=tiles * kv_tile // config.block_size,
+        max_blocks_per_row=max_blocks_per_row,
         kv_dtype=kv_dtype,
         token_buckets=token_buckets(max_tokens, max_num_seqs, smallest),
         q_tile=128 if max_model_len <= 16_384 else 256,
@@ -69,6 +75,7 @@ def resolve_engine_config(
         swap_buckets=swap_buckets(blocks_per_row, block_bytes) if num_swap_blocks else (),
         max_decode_steps=min(config.max_decode_steps, config.block_size),  # so that a row opens one block at most
         exact=exact,
+        attention=attention.backend,
         tensor_parallel_size=num_devices,
     )
 

@@ -68,7 +68,7 @@ _REASONS: dict[str, tuple[str, ...]] = {
     ),
     NO_CUDA: (
         *("enforce-eager", "compilation-config", "optimization-level", "cudagraph-capture-sizes"),
-        *("cuda-graph-sizes", "max-cudagraph-capture-size", "max-seq-len-to-capture", "attention-backend"),
+        *("cuda-graph-sizes", "max-cudagraph-capture-size", "max-seq-len-to-capture"),
         *("attention-config", "kernel-config", "disable-cascade-attn", "disable-hybrid-kv-cache-manager"),
     ),
     NO_PROMPT_LOGS: ("enable-log-requests", "enable-log-outputs", "enable-log-deltas", "max-log-len"),
