@@ -1,0 +1,1 @@
+"""Copies blocks of the pool onto others, in place: copy-on-write."""
