@@ -31,7 +31,7 @@ from benchmarks.accelerator_cases import (
     unpoisoned_null_block,
     xla_attention,
 )
-from benchmarks.accelerator_jobs import AGAIN, Sink
+from benchmarks.accelerator_jobs import AGAIN, Sink, fact_of_heads
 from benchmarks.accelerator_timing import random_values
 from pallas_kernels.block_copy.api import block_copy
 from pallas_kernels.block_transfer.api import block_gather, block_scatter
@@ -138,6 +138,10 @@ def run(sink: Sink, *, platform: str, backend: str, small: bool, seed: int, kern
         sink.add(f"check {name}: passes", passes, "", "1")
         if passes:
             sink.fact(f"passes {name}", True)
+            plain = [heads for heads, options in heads_to_check(small) if attention_name(heads, options) == name]
+            for heads in plain:
+                if heads == Heads(heads.num_kv_heads, heads.group, heads.head_dim):
+                    sink.fact(fact_of_heads(heads.head_dim, heads.group), True)
         sink.end(f"check {name}")
 
 
@@ -173,7 +177,7 @@ def check_attention(
     kernel: Callable, heads: Heads, options: dict[str, Any], target: Target, small: bool, seed: int
 ) -> Iterator[Finding]:
     """Against the definition, and a token's bits decoded and in chunks."""
-    num_tokens, num_rows, width = (24, 4, 8) if small else (400, 12, 2048 // heads.block_size)
+    num_tokens, num_rows, width = (12, 3, 6) if small else (400, 12, 2048 // heads.block_size)
     rng = np.random.default_rng(seed)
     longest = width * heads.block_size
     options = dict(options)

@@ -125,6 +125,11 @@ def take(outcome: Outcome, kind: str, value: Any) -> None:
             {"note": outcome.notes, "begin": outcome.begun, "end": outcome.done}[kind].append(value)
 
 
+def fact_of_heads(head_dim: int, group: int) -> str:
+    """The fact that the attention kernel passed its check for a model's heads, in bfloat16 with the engine's blocks."""
+    return f"attention is right: head_dim {head_dim}, {group} query heads a kv head"
+
+
 def run_job(job: Job, budget_s: float) -> Outcome:
     """Runs a job to its end, in another process after each that died or asked for it, as long as there is time.
 

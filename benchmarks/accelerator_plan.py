@@ -1,4 +1,4 @@
-"""What is timed of whole steps, and under which settings of the engine. No jax: whoever plans must not hold the device."""
+"""What is timed of whole steps, and under which settings of the engine. No jax: who plans must not hold the device."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Plan:
         return max(batch * each, self.max_model_len(block_size) // block_size) + 1
 
 
-SMALL_PLAN = Plan(batches=(1, 4), context=48, loops=(4,), prompt=64, chunks=(16,))
+SMALL_PLAN = Plan(batches=(1,), context=48, prompt=64, chunks=(16,))
 
 
 def settings_of_the_engine() -> dict[str, tuple[Any, ...]]:
