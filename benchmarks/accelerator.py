@@ -34,7 +34,7 @@ from benchmarks.accelerator_plan import SMALL_PLAN, Plan, settings_of_the_engine
 from benchmarks.report import Report
 
 # Of the time that is left when a part begins.
-SHARES = {"ceilings": 0.1, "checks": 0.25, "kernels": 0.3, "steps": 0.6, "peers": 1.0}
+SHARES = {"ceilings": 0.1, "checks": 0.3, "kernels": 0.3, "steps": 0.6, "peers": 1.0}
 MODELS = {"8B": (128, 4), "1B": (64, 4), "0.6B": (128, 2)}  # head_dim and query heads a kv head
 BACKEND = "attention_backend"
 

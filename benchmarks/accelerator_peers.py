@@ -14,8 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.accelerator_jobs import Sink
 from benchmarks.offline_run import our_command, run_elsewhere
 from benchmarks.peers import modules_of
@@ -56,8 +54,8 @@ def requests_for(small: bool, seed: int) -> RequestSet:
         else {"num_requests": 256, "median_prompt": 256, "max_prompt": 1024, "output_tokens": 128}
     )
     work = Workload(**sizes, seed=seed)
-    vocabulary = np.arange(FIRST_ID, 2500)
-    return RequestSet(name="batch", prompts=work.prompts(vocabulary), output_tokens=work.output_tokens)
+    prompts = work.prompts(range(FIRST_ID, 2500))
+    return RequestSet(name="batch", prompts=prompts, output_tokens=work.output_tokens)
 
 
 def compare(sink: Sink, model: str, python: str, device: str, small: bool, rounds: int, seed: int) -> None:

@@ -32,7 +32,8 @@ class Plan:
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Plan:
         """A plan that was JSON in between."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()})
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in fields.items()}
+        return cls(**values)
 
     def max_model_len(self, block_size: int) -> int:
         """With room for the loop's tokens, which are no more than a block's."""

@@ -62,7 +62,7 @@ def tile_choices(target: Target, heads: Heads) -> Iterator[Any]:
         )  # fmt: skip
         grid: dict[str, tuple[int, ...]] = {"kv_tile": (128, 256, 512, 1024), "q_tile": (32, 64, 128, 256)}
     else:
-        from pallas_kernels.ragged_paged_attention.tuning_gpu import default_tiles
+        from pallas_kernels.ragged_paged_attention.tuning_gpu import check_tiles, default_tiles
 
         own = target.tiles or default_tiles(heads.head_dim, heads.dtype, heads.stored)
         grid = {"kv_split": (256, 512, 1024, 2048), "ring": (2, 3, 4, 5, 6, 8), "lanes": (1, 2), "kv_tile": (64, 128)}
@@ -78,7 +78,9 @@ def tile_choices(target: Target, heads: Heads) -> Iterator[Any]:
     for change in sorted(every, key=distance):
         try:
             tiles = replace(own, **change)
-        except ValueError:  # sizes that cannot go together
+            if target.backend == "gpu":
+                check_tiles(tiles, heads.head_dim, heads.dtype, heads.stored)
+        except ValueError:  # sizes that cannot go together, or do not fit
             continue
         if tiles not in seen:
             seen.append(tiles)
