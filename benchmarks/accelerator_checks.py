@@ -252,10 +252,11 @@ def _compare_in_place(
         yield Finding("copies of the pool in its program", copies, "", 0.0)
 
 
-def copies_of(program: str, shape: tuple[int, ...]) -> int:
-    """How often a compiled program copies a whole array of that shape."""
+def copies_of(program: str | None, shape: tuple[int, ...]) -> int:
+    """How often a compiled program copies a whole array of that shape, at once or by a copy that it waits for later."""
     dims = ",".join(map(str, shape))
-    return len(re.findall(rf"= \w+\[{dims}\]\S* (?:copy|copy-start)\(", program))
+    array = rf"\w+\[{dims}\]"
+    return len(re.findall(rf"= {array}\S* copy\(|= \({array}[^=]*? copy-start\(", program or ""))
 
 
 def _check_kv_write(kernel: Callable, target: Target, seed: int) -> Iterator[Finding]:

@@ -228,6 +228,9 @@ def test_copies_of_the_cache_are_found_in_a_program() -> None:
     copying = jax.jit(lambda cache: cache.at[3].set(0.0))
     assert copies_of(write.lower(cache).compile().as_text(), shape) == 0
     assert copies_of(copying.lower(cache).compile().as_text(), shape) == 1
+    waits = "%c = (f32[64,16,2,128]{3,2,1,0:S(1)}, f32[64,16,2,128]{3,2,1,0}, u32[]) copy-start(f32[64,16,2,128] %p)"
+    assert copies_of(waits, shape) == 1
+    assert copies_of(waits, (64, 16, 2, 64)) == 0
 
 
 def test_a_case_holds_what_it_says_and_nothing_else() -> None:
