@@ -17,9 +17,9 @@ import pytest
 from jaxserve import steps
 from jaxserve.config import EngineConfig, EngineLimits, ModelConfig
 from jaxserve.engine import resolve
+from jaxserve.engine.programs import step_shape
 from jaxserve.engine.engine import EngineCore
 from jaxserve.engine.pack import pack_step
-from jaxserve.engine.programs import step_shape
 from jaxserve.models.decoder import logits
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
