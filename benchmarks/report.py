@@ -3,6 +3,8 @@
 A table on standard output and, where asked, a JSON file:
 
     {"name", "machine", "commit", "rows": [{"name", "value", "unit", "target"}]}
+
+with "notes", a list of texts, where there are any: what was left out, and why.
 """
 
 from __future__ import annotations
@@ -34,23 +36,34 @@ class Report:
 
     Args:
         name: the benchmark's.
+
+    Attributes:
+        about: facts of the machine beside those that `machine` finds.
     """
 
     def __init__(self, name: str):
         self.name = name
         self.rows: list[Row] = []
+        self.notes: list[str] = []
+        self.about: dict[str, str | int | float] = {}
 
     def add(self, name: str, value: float, unit: str, target: float | str | None = None) -> None:
         self.rows.append(Row(name, float(value), unit, target))
 
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
     def finish(self, json_path: str | os.PathLike[str] | None = None) -> None:
         """Prints the table; writes the JSON file if a path is given."""
-        about, version = machine(), commit()
+        about, version = machine() | self.about, commit()
         print(self.table())
+        for text in self.notes:
+            print(f"\n{text}")
         print(f"\n{', '.join(f'{key} {value}' for key, value in about.items())}; commit {version}")
         if json_path is not None:
             rows = [asdict(row) for row in self.rows]
             document = {"name": self.name, "machine": about, "commit": version, "rows": rows}
+            document |= {"notes": self.notes} if self.notes else {}
             Path(json_path).write_text(json.dumps(document, indent=1) + "\n")
 
     def table(self) -> str:

@@ -17,7 +17,13 @@ from jaxserve_checkpoints.load import load_model
 from jaxserve_checkpoints.safetensors import read_header
 
 Make = Callable[..., Path]
-SHAPES = {"smollm2-135m": "llama", "qwen2.5-0.5b": "qwen2", "qwen3-0.6b": "qwen3"}
+SHAPES = {
+    "smollm2-135m": "llama",
+    "qwen2.5-0.5b": "qwen2",
+    "qwen3-0.6b": "qwen3",
+    "llama-3.2-1b": "llama",
+    "llama-3.1-8b": "llama",
+}
 
 
 @pytest.fixture
@@ -57,3 +63,12 @@ def test_bfloat16_is_the_same_weights_rounded(make: Make) -> None:
     assert {info.dtype for info in read_header(half / "model.safetensors").values()} == {"BF16"}
     rounded, stored = load_model(str(whole), dtype="bfloat16"), load_model(str(half))
     jax.tree.map(np.testing.assert_array_equal, rounded.params, stored.params)
+
+
+def test_repeated_weights_differ_from_tensor_to_tensor(make: Make) -> None:
+    folder = make("llama-3.1-8b", "--repeat", "--dtype", "bfloat16")
+    layers = load_model(str(folder)).params["layers"]
+    first, second = (np.asarray(layer["down"], np.float32) for layer in layers)
+    assert np.isfinite(first).all()
+    assert 0.3 < first.std() / (1.5 / 96**0.5) < 3
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.02
