@@ -1,24 +1,33 @@
 """Would the models that people serve fit and compile on TPUs, and what does the compiler think of their steps?
 
-    python -m benchmarks.tpu_compile [--quick] [--json FILE] [--only NAME ...] [--decode-only]
+    python -m benchmarks.tpu_compile [--quick] [--json FILE] [--only NAME ...] [--decode-only] [--compare FILE]
 
 Compiles the engine's own step programs, kernels included, for named topologies with libtpu. No TPU is needed and
 nothing runs: memory, collectives and copies are the compiler's, and so are the cycles, which are its estimate of each
 instruction once (a loop's body counts once) and good only to compare with an earlier run's. Programs are those of 64
 rows that decode and of a mixed step of 2,048 tokens; --quick compiles two layers of each model. A mixed step of a
-deep model takes minutes to compile, hence --decode-only.
+deep model takes minutes to compile, hence --decode-only. --compare FILE holds memory and cycles to an earlier run's
+JSON: the exit status is 1 if a figure has grown by more than a twentieth.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from benchmarks.report import Report
+from benchmarks.report import Report, Row
 from jaxserve.config import EngineConfig, ModelConfig
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+COMPARED = ("memory a device", "temporary", "estimated cycles", "copies of a layer's cache", "all-reduces a layer")
+MAY_GROW = 1.05
 
 QWEN3_0_6B = ModelConfig(
     architecture="Qwen3ForCausalLM",
@@ -114,6 +123,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name has one of these in it")
     parser.add_argument("--decode-only", action="store_true", help="no mixed steps")
+    parser.add_argument("--compare", metavar="FILE", help="an earlier run's JSON")
     args = parser.parse_args()
     kinds = {"decode": "step[64]"} | ({} if args.decode_only else {"mixed": "step[2048]"})
     report = Report("tpu_compile")
@@ -123,6 +133,23 @@ def main() -> None:
         print(f"{case.name} ...", flush=True)
         run(report, case, 2 if args.quick else None, kinds)
     report.finish(args.json)
+    grown = [] if args.compare is None else growth(report.rows, json.loads(Path(args.compare).read_text())["rows"])
+    for line in grown:
+        print(line)
+    sys.exit(1 if grown else 0)
+
+
+def growth(rows: Sequence[Row], earlier: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each figure of both runs that has grown by more than `MAY_GROW`: what a change costs, before a chip
+    is rented. Seconds are this machine's and do not count.
+    """
+    before = {row["name"]: row["value"] for row in earlier}
+    lines = []
+    for row in rows:
+        old = before.get(row.name)
+        if old is not None and row.name.endswith(COMPARED) and row.value > old * MAY_GROW:
+            lines.append(f"{row.name}: {row.value:.4g} {row.unit}, before {old:.4g}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.report import Row
+from benchmarks.tpu_compile import growth
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compile_check import count_collectives, count_copies, make_topology_mesh, topology_devices
 from jaxserve.errors import ConfigError
@@ -163,3 +165,23 @@ def test_a_mesh_wants_as_many_devices_as_there_are(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "topology_devices", lambda topology: [object()] * 4)
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=5 takes more devices than the 4 of v6e:2x2"):
         make_topology_mesh("v6e:2x2", EngineConfig(tensor_parallel_size=5).tensor_parallel_size)
+
+
+def test_a_figure_that_has_grown_is_named() -> None:
+    earlier = [
+        {"name": "A, decode: temporary", "value": 1.0},
+        {"name": "A, decode: estimated cycles", "value": 1000.0},
+        {"name": "A, decode: compilation", "value": 10.0},
+        {"name": "A, decode: copies of a layer's cache", "value": 0.0},
+    ]
+    now = [
+        Row("A, decode: temporary", 1.04, "GiB", None),
+        Row("A, decode: estimated cycles", 1100.0, "", None),
+        Row("A, decode: compilation", 99.0, "s", None),
+        Row("A, decode: copies of a layer's cache", 2.0, "", None),
+        Row("B, decode: temporary", 9.0, "GiB", None),
+    ]
+    assert growth(now, earlier) == [
+        "A, decode: estimated cycles: 1100 , before 1000",
+        "A, decode: copies of a layer's cache: 2 , before 0",
+    ]
