@@ -153,7 +153,7 @@ def _forward(
     config: ModelConfig,
     shape: StepShape,
     max_model_len: int,
-    axis: Axis,
+    axis: Axis = ONE_DEVICE,
 ) -> tuple[jax.Array, KVCache]:
     slots = _slots(state, batch, shape, kv.layers[0].shape[0])
     order = decode_order(state.block_tables, batch, shape)
