@@ -155,7 +155,7 @@ def _forward(
     config: ModelConfig,
     shape: StepShape,
     max_model_len: int,
-    axis: Axis,
+    axis: Axis = ONE_DEVICE,
 ) -> tuple[jax.Array, KVCache]:
     slots = _slots(state, batch, shape, kv.layers[0].shape[0])
     tables = state.block_tables
