@@ -136,7 +136,7 @@ def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
     sequences, memory = view.sequences, view.memory
     roster = sequences.decoding()
     rows = roster.rows
-    positions = sequences.num_tokens[rows] - 1
+    positions = sequences.num_tokens[roster.at] - 1
     # A row's blocks hold its computed tokens exactly, so one is missing where a position starts a block.
     opens_block = (positions & (view.limits.block_size - 1)) == 0
     copy_rows, num_copies = _rows_to_copy(view, rows, positions, opens_block)

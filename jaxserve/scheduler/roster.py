@@ -25,6 +25,7 @@ class Roster:
         stop_ids: int32[W, D] one column a row, padded.
         everyone: bool[D] true.
         all_continue: int8[D] zero: the finish codes of a step in which no sequence ends.
+        at: what to index columns of the table with: the rows, or a slice where they are all of a stretch.
     """
 
     num_releases: int
@@ -37,6 +38,7 @@ class Roster:
     stop_ids: np.ndarray
     everyone: np.ndarray
     all_continue: np.ndarray
+    at: np.ndarray | slice
 
     def __post_init__(self) -> None:
         for name in _arrays():
@@ -47,9 +49,10 @@ class Roster:
 
     def subset(self, keep: np.ndarray) -> Roster:
         """The rows for which `keep`, bool[D], is true, in the same order."""
-        return Roster(self.num_releases, **{name: getattr(self, name)[..., keep] for name in _arrays()})
+        parts = {name: getattr(self, name)[..., keep] for name in _arrays()}
+        return Roster(self.num_releases, **parts, at=parts["rows"])
 
 
 @cache
 def _arrays() -> tuple[str, ...]:
-    return tuple(field.name for field in fields(Roster) if field.name != "num_releases")
+    return tuple(field.name for field in fields(Roster) if field.name not in ("num_releases", "at"))

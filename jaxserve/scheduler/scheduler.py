@@ -201,8 +201,8 @@ class Scheduler:
         sequences, positions = self.sequences, plan.decode_positions + 1
         if plan.num_steps > 1:
             ends = np.minimum(plan.decode_positions + plan.num_steps, decodes.max_total_len - 1)
-            return _InFlight(plan, decodes, positions, sequences.advance(decodes.rows, ends, plan.num_steps))
-        may_end = sequences.advance(decodes.rows, positions)
+            return _InFlight(plan, decodes, positions, sequences.advance(decodes, ends, plan.num_steps))
+        may_end = sequences.advance(decodes, positions)
         if not len(plan.prefill_rows):
             return _InFlight(plan, decodes, positions, may_end)
         ends = plan.prefill_starts + plan.prefill_lens

@@ -192,13 +192,18 @@ class SequenceTable:
         """
         if self._decoding is None or self._num_steps_left <= 0:
             rows = self.decode_rows()
-            self._decoding = self.roster_of(rows)
+            is_stretch = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1  # they ascend
+            self._decoding = self.roster_of(rows, slice(rows[0], rows[-1] + 1) if is_stretch else None)
             left = self.max_total_len[rows] - self.num_tokens[rows]
             self._num_steps_left = int(left.min(initial=NO_BOUND))
         return self._decoding
 
-    def roster_of(self, rows: np.ndarray) -> Roster:
-        """What stays of active rows, intp[n], while they keep their sequences."""
+    def roster_of(self, rows: np.ndarray, at: slice | None = None) -> Roster:
+        """What stays of active rows, intp[n], while they keep their sequences.
+
+        Args:
+            at: the same rows, where they are a stretch: a slice takes a fifth of the time of 1,024 indices.
+        """
         return Roster(
             num_releases=self.num_releases,
             rows=rows,
@@ -210,15 +215,16 @@ class SequenceTable:
             stop_ids=self.stop_ids[: self.stop_width].take(rows, axis=1),
             everyone=np.ones(len(rows), bool),
             all_continue=np.zeros(len(rows), np.int8),
+            at=rows if at is None else at,
         )
 
-    def advance(self, rows: np.ndarray, num_computed: np.ndarray, num_steps: int = 1) -> bool:
+    def advance(self, roster: Roster, num_computed: np.ndarray, num_steps: int = 1) -> bool:
         """Decode rows feed all that they have up to there, in so many steps, and sample one token more.
 
         Returns: whether one of them may get to its longest with that.
         """
-        self.num_computed[rows] = num_computed
-        self.num_tokens[rows] = num_computed + 1
+        self.num_computed[roster.at] = num_computed
+        self.num_tokens[roster.at] = num_computed + 1
         self._num_steps_left -= num_steps
         return self._num_steps_left <= 0
 
@@ -319,7 +325,7 @@ class SequenceTable:
         """
         self._flat_token_ids[roster.offsets + positions] = tokens
         lengths = positions + 1
-        self.num_known[roster.rows] = lengths
+        self.num_known[roster.at] = lengths
         return lengths
 
     def check_integrity(self, num_in_flight: int) -> None:
@@ -353,6 +359,7 @@ class SequenceTable:
             return
         fresh = self.roster_of(self.decode_rows())
         assert self._decoding.num_releases == self.num_releases
+        assert np.array_equal(np.arange(self.num_rows)[self._decoding.at], fresh.rows)
         for name in ("rows", "generations", "sequences", "offsets", "max_total_len", "min_stop_len"):
             assert np.array_equal(getattr(fresh, name), getattr(self._decoding, name)), f"stale {name}"
         width = len(self._decoding.stop_ids)  # requests with more of them may have entered since
