@@ -40,16 +40,7 @@ COMMON = {
     "hidden_act": "silu",
     "eos_token_id": 2,
 }
-SIZES = [
-    "--max-num-seqs",
-    "64",
-    "--max-num-batched-tokens",
-    "256",
-    "--max-model-len",
-    "8192",
-    "--max-decode-steps",
-    "1",
-]
+SIZES = ["--max-num-seqs", "64", "--max-num-batched-tokens", "256", "--max-decode-steps", "1"]
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -79,19 +70,26 @@ def compile_check(repo: Path, out: Path, *arguments: str) -> tuple[dict[str, Any
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("fields", "topology", "num_devices", "programs"),
+    ("fields", "topology", "num_devices", "max_model_len", "programs"),
     [
-        (QWEN3, "v5e:2x2", 1, ["step[64]", "step[256]", "copy[64]", "gather[8]", "scatter[8]"]),
-        (LLAMA_8B, "v6e:2x2", 4, ["step[64]"]),
-        (LLAMA_70B, "tpu7x:2x2x1", 8, ["step[64]"]),
+        (QWEN3, "v5e:2x2", 1, 8192, ["step[64]", "step[256]", "copy[64]", "gather[8]", "scatter[8]"]),
+        (LLAMA_8B, "v6e:2x2", 4, 8192, ["step[64]"]),
+        (LLAMA_70B, "tpu7x:2x2x1", 8, 32_768, ["step[64]"]),
     ],
     ids=["Qwen3-0.6B", "Llama-3.1-8B", "Llama-3.3-70B"],
 )
 def test_steps_fit_copy_no_cache_and_have_two_all_reduces_a_layer(
-    repo: Path, tmp_path: Path, make_config: Any, fields: dict, topology: str, num_devices: int, programs: list[str]
+    repo: Path,
+    tmp_path: Path,
+    make_config: Any,
+    fields: dict[str, Any],
+    topology: str,
+    num_devices: int,
+    max_model_len: int,
+    programs: list[str],
 ) -> None:
     model = make_config(fields)
-    parallel = ["--tensor-parallel-size", str(num_devices)]
+    parallel = ["--tensor-parallel-size", str(num_devices), "--max-model-len", str(max_model_len)]
     found, printed = compile_check(
         repo, tmp_path / "out.json", model, "--topology", topology, *parallel, "--programs", *programs
     )
@@ -100,7 +98,7 @@ def test_steps_fit_copy_no_cache_and_have_two_all_reduces_a_layer(
     for program in found["programs"]:
         assert program["error"] is None, program
         assert program["cache_copies"] == 0, program
-        # What a program has beside its arguments is no second cache: that takes a gigabyte a layer here.
+        # What a program has beside its arguments is no second cache: that takes half a gigabyte a layer or more here.
         assert program["temp_bytes"] < found["kv_bytes"] / NUM_LAYERS / 2, program
         assert program["peak_bytes"] < found["hbm_bytes"]
         if program["name"].startswith("step"):
