@@ -1,5 +1,5 @@
 # Each target does the set-up that it needs. PYTHON=… chooses the interpreter of a new environment,
-# VENV=… the environment, EXTRA=cuda12|cuda13|tpu|tpu-compile the accelerator, ARGS=… is handed to the command.
+# VENV=… the environment, EXTRA=cuda12|cuda13|tpu the accelerator, ARGS=… is handed to the command.
 VENV ?= .venv
 EXTRA ?=
 ARGS ?=

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accelerator_models import MODELS
 from benchmarks.report import Report, Row
 from jaxserve.config import EngineConfig, ModelConfig
 
@@ -29,32 +30,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 COMPARED = ("memory a device", "temporary", "estimated cycles", "copies of a layer's cache", "all-reduces a layer")
 MAY_GROW = 1.05
 
-QWEN3_0_6B = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=151_936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=28,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position=40_960,
-    qk_norm=True,
-    tied_embeddings=True,
-    dtype="bfloat16",
-)
-LLAMA_8B = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position=131_072,
-    dtype="bfloat16",
-)
+QWEN3_0_6B, LLAMA_8B = MODELS["0.6B"], MODELS["8B"]
 LLAMA_70B = replace(LLAMA_8B, hidden_size=8192, intermediate_size=28_672, num_layers=80, num_heads=64, layer_windows=())
 
 

@@ -21,8 +21,9 @@ from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention, un
 logger = logging.getLogger(__name__)
 
 KERNELS: dict[str, AttentionBackend] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # by a device's platform
-# What an output may be off, as a share of the largest value: weights and output are each rounded to the cache's dtype,
-# 2^-9 of bfloat16 (twice that allowed); float32 products are made of bfloat16 terms, 2^-16 (with room for the sums).
+# What an output may be off, as a share of the largest one, which is a value itself where a sequence has one key:
+# weights and output are each rounded to the cache's dtype, 2^-8 in bfloat16. In float32 the sums over head_dim and keys
+# err by far less than 2^-12; a device that multiplies in bfloat16 for it errs by more.
 _TOLERANCE = {"bfloat16": 2.0**-7, "float32": 2.0**-12}
 
 

@@ -116,7 +116,10 @@ def report(check: CompileCheck, topology: str) -> str:
 def verdict(check: CompileCheck) -> str:
     if check.fits:
         return f"yes, {check.spare_bytes / GIB:.2f} GiB to spare on each device"
-    return "no: lower --gpu-memory-utilization or --max-num-batched-tokens, or raise --tensor-parallel-size"
+    return (
+        "no, for the reason above: of memory, lower --gpu-memory-utilization or --max-num-batched-tokens, or raise "
+        "--tensor-parallel-size"
+    )
 
 
 def as_json(check: CompileCheck, topology: str) -> dict[str, Any]:

@@ -143,15 +143,15 @@ def random_case(rng: np.random.Generator, sizes: Sizes, edges: tuple[int, ...] =
 def rounding_bound(case: Case, weighted: jax.Array, exact: jax.Array) -> np.ndarray:
     """How far a kernel's output may lie from the exact one, per element, by what it rounds.
 
-    With u the unit roundoff of the type products are taken in (bfloat16: 2^-9; float32: 2^-24), a kernel rounds
+    With u the unit roundoff of the type products are taken in (bfloat16: 2^-8; float32: 2^-24), a kernel rounds
     each softmax weight to it before the second product, a relative u, and the result, a relative u; both are bounded
     by u times `weighted` = sum of weight x |value|. Its float32 part: scores are sums of H products, each off by
     (H + 2) 2^-24 of sum |q k| scale, which is below 3 sqrt(H) here; exp turns an absolute error of scores into a
     relative one of weights; sums over S keys, and the rescaling of up to S tiles, add 2 S 2^-24.
     """
     sizes = case.sizes
-    unit = 2.0**-9 if sizes.dtype == "bfloat16" else 2.0**-24
+    unit = 2.0**-8 if sizes.dtype == "bfloat16" else 2.0**-24
     spread = 3 * sizes.head_dim**0.5
     of_sums = ((sizes.head_dim + 2) * spread + 2 * sizes.longest + 16) * 2.0**-24
     weighted, exact = np.asarray(weighted, np.float64), np.abs(np.asarray(exact, np.float64))
-    return 2 * (unit + of_sums) * weighted + 2 * unit * exact
+    return (unit + 2 * of_sums) * weighted + unit * exact

@@ -76,11 +76,11 @@ ATTENTION_REFUSALS = [
 ]
 
 
-def trace(function: Callable[..., Any], arguments: dict[str, Any]) -> None:
-    """Calls with arrays' shapes only; numbers and None as they are."""
+def trace(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """What a call with arrays' shapes alone gives, as a shape; numbers and None as they are."""
     arrays = {name: value for name, value in arguments.items() if isinstance(value, jax.ShapeDtypeStruct)}
     rest = {name: value for name, value in arguments.items() if name not in arrays}
-    jax.eval_shape(partial(function, **rest), **arrays)
+    return jax.eval_shape(partial(function, **rest), **arrays)
 
 
 @pytest.mark.parametrize(("changed", "message"), ATTENTION_REFUSALS)
@@ -90,7 +90,8 @@ def test_attention_refuses(changed: dict[str, Any], message: str):
 
 
 def test_attention_takes_what_the_refusals_start_from():
-    trace(ragged_paged_attention, ATTENTION | ATTENTION_OPTIONS)
+    out = trace(ragged_paged_attention, ATTENTION | ATTENTION_OPTIONS)
+    assert (out.shape, out.dtype) == (ATTENTION["q"].shape, ATTENTION["q"].dtype)
 
 
 WRITE_REFUSALS = [

@@ -2,7 +2,7 @@
 
     python -m tests.portability.compile_kernels v6e llama-8b qwen2-0.5b
 
-A process of its own, because libtpu writes to stderr, keeps log files and can abort. It needs the `tpu-compile` extra.
+A process of its own, because libtpu writes to stderr, keeps log files and can abort. It needs the `tpu` extra.
 """
 
 from __future__ import annotations

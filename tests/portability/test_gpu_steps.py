@@ -6,6 +6,7 @@ Two layers of Qwen3-0.6B and of Llama-3.1-8B at their own widths. ptxas and XLA'
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.accelerator_models import MODELS
 from jaxserve.config import ModelConfig
 from jaxserve.models.params import decoder_specs
 from jaxserve.parallel.specs import map_specs
@@ -20,32 +22,7 @@ from jaxserve.state import StepShape, init_decode_state, init_kv_cache
 from jaxserve.steps import step
 
 NUM_LAYERS, NUM_ROWS, BLOCK_SIZE, MAX_LEN = 2, 64, 16, 8192
-QWEN3 = ModelConfig(
-    architecture="Qwen3ForCausalLM",
-    vocab_size=151_936,
-    hidden_size=1024,
-    intermediate_size=3072,
-    num_layers=NUM_LAYERS,
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position=40_960,
-    qk_norm=True,
-    tied_embeddings=True,
-    dtype="bfloat16",
-)
-LLAMA = ModelConfig(
-    architecture="LlamaForCausalLM",
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=NUM_LAYERS,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    max_position=131_072,
-    dtype="bfloat16",
-)
+QWEN3, LLAMA = (replace(MODELS[name], num_layers=NUM_LAYERS, layer_windows=()) for name in ("0.6B", "8B"))
 
 
 def lowered(model: ModelConfig, num_tokens: int, max_steps: int, attention: Any) -> str:

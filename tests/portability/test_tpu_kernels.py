@@ -21,7 +21,7 @@ ALLOWED = {"parameter", "bitcast", "custom-call", "get-tuple-element", "tuple", 
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install -e '.[tpu-compile]' brings the one that this jax was made for",
+    reason="libtpu is not installed: pip install -e '.[tpu]' brings the one that this jax was made for",
 )
 
 
