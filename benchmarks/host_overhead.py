@@ -38,6 +38,7 @@ from benchmarks.report import Report
 from jaxserve.engine import engine as engine_module
 from jaxserve.engine import runner as runner_module
 from jaxserve.engine.engine import EngineCore
+from jaxserve.engine.pack import StepPacker
 from jaxserve.text.assembler import Continuations
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Delta, SamplingParams
@@ -86,7 +87,7 @@ class Laps:
                 (core.scheduler, "commit", "commit"),
                 (core.scheduler, "digest", "digest"),
                 (core.scheduler, "digest_loop", "digest"),
-                (runner_module, "pack_step", "pack"),
+                (StepPacker, "pack", "pack"),
                 (core.runner, "run", "dispatch"),
                 (core.runner, "fetch", "fetch"),
                 (engine_module, "gains_of", "deltas"),

@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks.report import Report
 from jaxserve.cache.blocks import blocks_for
-from jaxserve.engine.pack import pack_step
+from jaxserve.engine.pack import StepPacker
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
 from jaxserve.scheduler.scheduler import Scheduler
@@ -88,7 +88,7 @@ def decode_iterations(report: Report, num_rows: int, num_steps: int) -> None:
     """Rows for plan, commit, pack, digest and their sum, in microseconds."""
     scheduler, previous = running_scheduler(num_rows)
     tokens, failed = np.full(num_rows, OTHER, np.int32), np.zeros(num_rows, bool)
-    shape, features = shape_for(scheduler, num_rows), np.zeros(num_rows, np.int32)
+    shape, packer = shape_for(scheduler, num_rows), StepPacker(np.zeros(num_rows, np.int32))
     sequences = scheduler.sequences
     laps_ns = np.zeros((num_steps, 6), np.int64)
     for index in range(num_steps):
@@ -97,7 +97,7 @@ def decode_iterations(report: Report, num_rows: int, num_steps: int) -> None:
         t1 = time.thread_time_ns()
         plan = scheduler.commit(decision)
         t2 = time.thread_time_ns()
-        pack_step(plan, shape, sequences.token_ids, sequences.num_prompt, features)
+        packer.pack(plan, shape, sequences.token_ids, sequences.num_prompt)
         t3 = time.thread_time_ns()
         scheduler.digest(previous, tokens, failed)
         t4 = time.thread_time_ns()

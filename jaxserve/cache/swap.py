@@ -31,7 +31,7 @@ class HostPool:
         self._free = np.arange(num_slots - 1, -1, -1, dtype=np.int32)  # a stack: warm pages are used again first
         self._num_free = num_slots
         self._home = np.full(num_slots, _NOWHERE, np.int32)  # the block with the same content, if it still has it
-        self._home_generation = np.zeros(num_slots, np.int32)
+        self._home_generation = np.zeros(num_slots, np.int64)
         self._slot_of_block = np.full(num_blocks, _NOWHERE, np.int32)
 
     @property

@@ -22,43 +22,71 @@ def _views(packed: np.ndarray, shape: StepShape) -> dict[str, np.ndarray]:
     return {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
 
 
-def pack_step(
-    plan: StepPlan, shape: StepShape, token_ids: np.ndarray, num_prompt: np.ndarray, features: np.ndarray
-) -> np.ndarray:
-    """The packed array of `state.StepBatch`, freshly allocated: the device may still read the last one.
+class StepPacker:
+    """Lays plans out as the packed array of `state.StepBatch`.
+
+    Keeps what stays of the decode rows while they stay the same, which is until one enters, ends or gives way: the
+    plans of such steps have one and the same `decode_rows`.
 
     Args:
-        token_ids: int32 [R, max_model_len] each row's known tokens.
-        num_prompt: int32 [R] prompt lengths.
-        features: int32 [R] feature bits.
-
-    Raises:
-        AssertionError: an id or index is out of range; JAX would clamp it and read somebody else's.
+        features: int32 [R] feature bits; a row's may change when it is given to another sequence.
     """
-    packed, fields = shape.padding.copy(), shape.fields()
 
-    def put(name: str, values: np.ndarray | int, count: int) -> None:
-        start, length = fields[name]
-        assert count <= length, (name, count, shape)
-        packed[start : start + count] = values
+    def __init__(self, features: np.ndarray) -> None:
+        self._features = features
+        self._rows: np.ndarray | None = None
+        self._shape: StepShape | None = None
+        self._base = np.empty(0, np.int32)  # the step but for positions, table entries and chunks
 
-    num_decode, num_updates, sampled = len(plan.decode_rows), len(plan.block_rows), plan.sampled_rows
-    put("tokens", -1, num_decode)
-    put("rows", plan.decode_rows, num_decode)
-    put("positions", plan.decode_positions, num_decode)
-    if num_updates:
-        put("update_rows", plan.block_rows, num_updates)
-        put("update_cols", plan.block_cols, num_updates)
-        put("update_ids", plan.block_ids, num_updates)
-    put("sample_rows", sampled, len(sampled))
-    step_features = int(np.bitwise_or.reduce(features[sampled])) & ~PROMPT_LOGPROBS
-    num_tiles = 0
-    if len(plan.prefill_rows):
+    def pack(self, plan: StepPlan, shape: StepShape, token_ids: np.ndarray, num_prompt: np.ndarray) -> np.ndarray:
+        """A freshly allocated array: the device may still read the last one.
+
+        Args:
+            token_ids: int32 [R, max_model_len] each row's known tokens.
+            num_prompt: int32 [R] prompt lengths.
+
+        Raises:
+            AssertionError: an id or index is out of range; JAX would clamp it and read somebody else's.
+        """
+        if plan.decode_rows is not self._rows or shape is not self._shape:
+            self._base = self._lay_out(plan.decode_rows, shape)
+            self._rows, self._shape = plan.decode_rows, shape
+        packed, fields, num_updates = self._base.copy(), shape.fields(), len(plan.block_rows)
+        _put(packed, fields["positions"], plan.decode_positions)
+        if num_updates:
+            _put(packed, fields["update_rows"], plan.block_rows)
+            _put(packed, fields["update_cols"], plan.block_cols)
+            _put(packed, fields["update_ids"], plan.block_ids)
+        assert plan.num_steps <= shape.max_steps, (plan.num_steps, shape)
+        packed[3] = plan.num_steps
+        if len(plan.prefill_rows):
+            self._pack_chunks(packed, plan, shape, token_ids, num_prompt)
+        return packed
+
+    def _lay_out(self, rows: np.ndarray, shape: StepShape) -> np.ndarray:
+        """A step of these decode rows, at no position yet."""
+        base, fields = shape.padding.copy(), shape.fields()
+        _put(base, fields["tokens"], np.full(len(rows), -1, np.int32))
+        _put(base, fields["rows"], rows)
+        _put(base, fields["sample_rows"], rows)
+        base[0], base[2] = len(rows), int(np.bitwise_or.reduce(self._features[rows])) & ~PROMPT_LOGPROBS
+        return base
+
+    def _pack_chunks(
+        self, packed: np.ndarray, plan: StepPlan, shape: StepShape, token_ids: np.ndarray, num_prompt: np.ndarray
+    ) -> None:
+        features, sampled = self._features, plan.sampled_rows
+        _put(packed, shape.fields()["sample_rows"], sampled)
+        step_features = int(np.bitwise_or.reduce(features[sampled])) & ~PROMPT_LOGPROBS
         step_features |= int(np.bitwise_or.reduce(features[plan.prefill_rows])) & PROMPT_LOGPROBS
-        num_tiles = _pack_prefill(plan, shape, _views(packed, shape), token_ids, num_prompt, step_features)
-    assert plan.num_steps <= shape.max_steps, (plan.num_steps, shape)
-    packed[0], packed[1], packed[2], packed[3] = num_decode, num_tiles, step_features, plan.num_steps
-    return packed
+        packed[1] = _pack_prefill(plan, shape, _views(packed, shape), token_ids, num_prompt, step_features)
+        packed[2] = step_features
+
+
+def _put(packed: np.ndarray, field: tuple[int, int], values: np.ndarray) -> None:
+    start, length = field
+    assert len(values) <= length, (len(values), field)
+    packed[start : start + len(values)] = values
 
 
 def _pack_prefill(

@@ -24,7 +24,7 @@ from jaxserve.engine.admission import TABLE_FEATURES, AdmittedParams, pack_row, 
 from jaxserve.engine.beams import pack_followers, pack_group, unpack_answer
 from jaxserve.engine.compiled import CompiledSteps, OnProgress, compile_steps
 from jaxserve.engine.exactness import differing_buckets
-from jaxserve.engine.pack import empty_step, pack_step
+from jaxserve.engine.pack import StepPacker, empty_step
 from jaxserve.engine.swap_store import SwapStore, staging_memory
 from jaxserve.scheduler.finish import BeamAnswer
 from jaxserve.scheduler.plan import Admitted, StepPlan
@@ -102,6 +102,7 @@ class Runner:
         self.model, self.limits = model, limits
         self._params = params
         self._features = np.zeros(limits.max_num_seqs, np.int32)
+        self._packer = StepPacker(self._features)
         prepare = partial(compile_steps, params, model, limits, on_progress, cache)
         self.compiled: CompiledSteps = prepare()
         self.reset()
@@ -229,7 +230,7 @@ class Runner:
         if plan.is_empty and not num_updates:
             return RunningStep(plan, 0, None, time.monotonic())
         shape, executable = self.compiled.for_plan(plan.num_tokens, num_updates)
-        packed = pack_step(plan, shape, sequences.token_ids, sequences.num_prompt, self._features)
+        packed = self._packer.pack(plan, shape, sequences.token_ids, sequences.num_prompt)
         dispatched_s = time.monotonic()
         self._prepare_beams(plan)
         self._kv, self._state, output = executable(self._params, self._kv, self._state, packed)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jaxserve.scheduler.decision import Victim
+from jaxserve.scheduler.plan import Preempted
 from jaxserve.scheduler.sequences import Sequence
 
 
@@ -24,6 +26,13 @@ class Counters:
     prefix_queries: int = 0
     prefix_hits: int = 0
     copied_blocks: int = 0
+
+    def count_preemptions(self, victims: tuple[Victim, ...], preempted: tuple[Preempted, ...]) -> None:
+        """Notes who gave way, and how."""
+        for victim, gone in zip(victims, preempted, strict=True):
+            self.swap_preemptions += gone.swapped
+            self.recompute_preemptions += not gone.swapped
+            self.host_full += victim.host_full
 
     def count_hits(self, sequence: Sequence, num_stored: int, *, caches: bool) -> None:
         """Notes, of a sequence that enters for the first time, what the prefix cache spared it."""

@@ -84,7 +84,7 @@ class Decision(NamedTuple):
         decode_positions: [D] its position; in a loop of several steps, the first one's.
         num_steps: decode steps that the device runs in one loop. A row whose sequence gets to its longest before takes
             part in fewer.
-        opens_block: bool[D] of whose tokens one is the first of a block.
+        opening_rows: intp[n] the decode rows of whose tokens one is the first of a block.
         copy_rows: [X] of the decode rows, those whose token goes to a block that others hold too.
         chunks: in order of service.
         entries: in order of admission.
@@ -96,7 +96,7 @@ class Decision(NamedTuple):
     decodes: Roster
     decode_positions: np.ndarray
     num_steps: int
-    opens_block: np.ndarray
+    opening_rows: np.ndarray
     copy_rows: np.ndarray
     chunks: tuple[Chunk, ...]
     entries: tuple[Entry, ...]

@@ -26,7 +26,7 @@ def check_integrity(
     num_in_flight: int,
 ) -> None:
     """Asserts the invariants of every table and those between them."""
-    sequences.check_integrity(num_in_flight)
+    sequences.check_integrity(num_in_flight, memory.block_size)
     waiting.check_integrity()
     memory.check_integrity(s.swapped for s in waiting if s.swapped is not None)
     wanted = blocks_for(sequences.num_computed, memory.block_size)

@@ -73,6 +73,8 @@ class StepPlan(NamedTuple):
             sampled after it.
         prefill_stored: bool[N] the chunk is one token whose KV is in its block already (which others may
             share): it is fed for its logits and must not be written again.
+        prefill_generations: [N] generation of each of `prefill_rows` when the plan was made; a row whose generation
+            has moved on when the answer arrives belongs to somebody else.
         block_rows, block_cols, block_ids: intp[U] entries of block tables that change in this step: table
             [row, col] becomes id. Of rows that were running before; admitted rows bring their whole table.
         copy_from, copy_to: [X] blocks whose content is copied, before any token is written.
@@ -82,8 +84,6 @@ class StepPlan(NamedTuple):
         admitted: rows that were given to a sequence in this step, in order of admission.
         beam_groups: rows of each beam search whose beams start in this step, in order of the beams.
         preempted: sequences that lost their row and go back to waiting.
-        prefill_generations: [N] generation of each of `prefill_rows` when the plan was made; a row whose generation
-            has moved on when the answer arrives belongs to somebody else.
     """
 
     step: int
@@ -95,6 +95,7 @@ class StepPlan(NamedTuple):
     prefill_lens: np.ndarray
     prefill_samples: np.ndarray
     prefill_stored: np.ndarray
+    prefill_generations: np.ndarray
     block_rows: np.ndarray
     block_cols: np.ndarray
     block_ids: np.ndarray
@@ -107,7 +108,6 @@ class StepPlan(NamedTuple):
     admitted: tuple[Admitted, ...]
     beam_groups: tuple[tuple[int, ...], ...]
     preempted: tuple[Preempted, ...]
-    prefill_generations: np.ndarray
 
     @property
     def num_tokens(self) -> int:

@@ -23,6 +23,8 @@ from jaxserve.scheduler.roster import Roster
 from jaxserve.scheduler.sequences import SequenceTable
 from jaxserve.scheduler.waiting import WaitingQueue
 
+_NO_ROWS = frozen((), np.intp)
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerView:
@@ -40,25 +42,28 @@ class _Decodes:
 
     Attributes:
         positions: int32[D] of the token that each row feeds.
-        opens_block: bool[D] the token is the first of a block.
+        opening_rows: intp[n] the rows whose token is the first of a block.
         copy_rows: rows whose token goes to a block that others hold.
         num_copies: blocks that takes; of the rows that share a block and all write, one keeps it.
     """
 
     roster: Roster
     positions: np.ndarray
-    opens_block: np.ndarray
+    opening_rows: np.ndarray
     copy_rows: np.ndarray
     num_copies: int
 
     def num_blocks(self) -> int:
-        return int(np.count_nonzero(self.opens_block)) + self.num_copies
+        return len(self.opening_rows) + self.num_copies
 
     def without(self, rows: list[int]) -> _Decodes:
         keep = ~np.isin(self.roster.rows, rows)
-        copy_rows = self.copy_rows[~np.isin(self.copy_rows, rows)]
-        roster = self.roster.subset(keep)
-        return _Decodes(roster, self.positions[keep], self.opens_block[keep], copy_rows, self.num_copies)
+        opening_rows, copy_rows = (
+            frozen(some[~np.isin(some, rows)], np.intp) for some in (self.opening_rows, self.copy_rows)
+        )
+        return _Decodes(
+            self.roster.subset(keep), frozen(self.positions[keep]), opening_rows, copy_rows, self.num_copies
+        )
 
 
 @dataclass(slots=True)
@@ -120,10 +125,10 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
     return Decision(
         step=step,
         decodes=decodes.roster,
-        decode_positions=frozen(decodes.positions),
+        decode_positions=decodes.positions,
         num_steps=num_steps,
-        opens_block=frozen(decodes.opens_block, bool),
-        copy_rows=frozen(decodes.copy_rows, np.intp),
+        opening_rows=decodes.opening_rows,
+        copy_rows=decodes.copy_rows,
         chunks=tuple(prefills.chunks),
         entries=tuple(entries),
         beam_groups=tuple(groups),
@@ -134,17 +139,14 @@ def decide_step(view: SchedulerView, step: int, max_steps: int = 1) -> Decision:
 def _plan_decodes(view: SchedulerView) -> tuple[_Decodes, list[Victim], int]:
     """The decode rows that have their blocks, the rows that give way for that, and the blocks that stay free."""
     sequences, memory = view.sequences, view.memory
-    roster = sequences.decoding()
-    rows = roster.rows
-    positions = sequences.num_tokens[roster.at] - 1
-    # A row's blocks hold its computed tokens exactly, so one is missing where a position starts a block.
-    opens_block = (positions & (view.limits.block_size - 1)) == 0
-    copy_rows, num_copies = _rows_to_copy(view, rows, positions, opens_block)
-    decodes = _Decodes(roster, positions, opens_block, copy_rows, num_copies)
+    front = sequences.decoding()
+    opening_rows = front.opening_rows(view.limits.block_size)
+    copy_rows, num_copies = _rows_to_copy(view, front.roster.rows, front.positions)
+    decodes = _Decodes(front.roster, front.positions, opening_rows, copy_rows, num_copies)
     shortage = decodes.num_blocks() - memory.pool.num_free
     if shortage <= 0:
         return decodes, [], -shortage
-    needy = np.concatenate([rows[opens_block], copy_rows])
+    needy = np.concatenate([opening_rows, copy_rows])
     victims, num_freed = policy.Victims(sequences, memory, view.limits.costs, needy).choose(shortage)
     gone = [victim.row for victim in victims]
     decodes = decodes.without(gone)
@@ -167,20 +169,19 @@ def _look_ahead(view: SchedulerView, decodes: _Decodes, max_steps: int) -> int:
     while num_steps > 1:
         opens_block = to_border < np.minimum(left, num_steps)
         if int(np.count_nonzero(opens_block)) + decodes.num_copies <= view.memory.pool.num_free:
-            decodes.opens_block = opens_block
+            decodes.opening_rows = frozen(decodes.roster.rows[opens_block], np.intp)
             return num_steps
         num_steps //= 2
     return 1
 
 
-def _rows_to_copy(
-    view: SchedulerView, rows: np.ndarray, positions: np.ndarray, opens_block: np.ndarray
-) -> tuple[np.ndarray, int]:
+def _rows_to_copy(view: SchedulerView, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, int]:
     """The rows whose token goes to a block that others hold, and how many copies that takes."""
     if not view.sequences.has_shared_tails:
-        return rows[:0], 0
-    flagged = view.sequences.shares_tail[rows] & ~opens_block
-    rows, cols = rows[flagged], positions[flagged] // view.limits.block_size
+        return _NO_ROWS, 0
+    block_size = view.limits.block_size
+    flagged = view.sequences.shares_tail[rows] & (positions % block_size != 0)
+    rows, cols = rows[flagged], positions[flagged] // block_size
     pool = view.memory.pool
     ids = view.memory.table.ids[rows, cols]
     # A sibling that has ended may have entered the block that it shared, filled, into the cache.
@@ -189,7 +190,7 @@ def _rows_to_copy(
     for block, num_writers in Counter(ids[foreign].tolist()).items():
         num_others = int(pool.ref_count[block]) - 1
         num_copies += num_writers if pool.is_kept[block] else min(num_writers, num_others)
-    return rows[foreign], num_copies
+    return frozen(rows[foreign], np.intp), num_copies
 
 
 def _feed_running(view: SchedulerView, prefills: _Prefills, gone: list[int]) -> None:

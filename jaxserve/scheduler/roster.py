@@ -1,4 +1,7 @@
-"""`Roster`: rows that take part in a step, and what of them stays as it is while they keep their sequences."""
+"""`Roster`: rows that take part in a step, and what of them stays as it is while they keep their sequences.
+
+`DecodeFront`: the decoding ones, and where they stand.
+"""
 
 from __future__ import annotations
 
@@ -56,3 +59,55 @@ class Roster:
 @cache
 def _arrays() -> tuple[str, ...]:
     return tuple(field.name for field in fields(Roster) if field.name not in ("num_releases", "at"))
+
+
+class DecodeFront:
+    """The rows that decode, where they stand, and which of them are about to open a block.
+
+    As long as no row enters, ends or gives way, a step moves all of them by the same number of tokens: positions are
+    those of the step before, and the rows that open a block the same ones every `block_size` tokens.
+
+    Attributes:
+        roster: the rows.
+        positions: int32[D] of the token that each feeds next, read-only.
+        num_steps_left: until one of them gets to its longest.
+    """
+
+    __slots__ = ("_num_steps", "_opening", "num_steps_left", "positions", "roster")
+
+    def __init__(self, roster: Roster, positions: np.ndarray, num_steps_left: int) -> None:
+        positions.setflags(write=False)
+        self.roster = roster
+        self.positions = positions
+        self.num_steps_left = num_steps_left
+        self._num_steps = 0
+        self._opening: dict[int, np.ndarray] = {}
+
+    def opening_rows(self, block_size: int) -> np.ndarray:
+        """intp[n], read-only: the rows whose next token is the first of a block, where one is missing.
+
+        Args:
+            block_size: a power of two, the same in every call.
+        """
+        phase = self._num_steps % block_size
+        rows = self._opening.get(phase)
+        if rows is None:
+            rows = self._opening[phase] = self._find_opening(block_size)
+            rows.setflags(write=False)
+        return rows
+
+    def _find_opening(self, block_size: int) -> np.ndarray:
+        opens_block = (self.positions & (block_size - 1)) == 0  # a row's blocks hold its computed tokens exactly
+        return self.roster.rows[opens_block]
+
+    def advance(self, positions: np.ndarray, num_steps: int) -> None:
+        """All rows stand `num_steps` tokens further on, at `positions`; but for those at their longest."""
+        positions.setflags(write=False)
+        self.positions = positions
+        self.num_steps_left -= num_steps
+        self._num_steps += num_steps
+
+    def check_integrity(self, block_size: int) -> None:
+        """Asserts that the rows which open a block, where they were found before, are those that do now."""
+        known = self._opening.get(self._num_steps % block_size)
+        assert known is None or np.array_equal(known, self._find_opening(block_size)), "other rows open a block"

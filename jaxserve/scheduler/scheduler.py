@@ -183,10 +183,8 @@ class Scheduler:
         for victim in decision.victims:
             publishing.publish(self.sequences, self.memory, victim.row)
         plan = committing.commit(decision, self.sequences, self.memory, self.waiting)
-        for victim, gone in zip(decision.victims, plan.preempted, strict=True):
-            self.counters.swap_preemptions += gone.swapped
-            self.counters.recompute_preemptions += not gone.swapped
-            self.counters.host_full += victim.host_full
+        if decision.victims:
+            self.counters.count_preemptions(decision.victims, plan.preempted)
         self.counters.copied_blocks += len(plan.copy_from)
         for entry in decision.entries:
             self.counters.count_hits(entry.sequence, entry.num_stored, caches=self.memory.caches)

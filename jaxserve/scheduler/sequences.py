@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxserve.scheduler.roster import Roster
+from jaxserve.scheduler.roster import DecodeFront, Roster
 from jaxserve.types import MAX_N, MAX_STOP_TOKEN_IDS, BeamSearchParams
 
 NO_TOKEN = -1  # pads stop_ids; no device samples it
@@ -152,8 +152,7 @@ class SequenceTable:
         self.has_shared_tails = False
         self.num_prefilling = 0
         self.num_releases = 0
-        self._decoding: Roster | None = None  # what `decoding` gave last, while it stands
-        self._num_steps_left = 0  # until one of its rows gets to its longest; maybe fewer
+        self._decoding: DecodeFront | None = None  # what `decoding` gave last, while it stands
 
     @property
     def num_rows(self) -> int:
@@ -185,17 +184,18 @@ class SequenceTable:
             return rows
         return rows[self.num_computed[rows] < self.num_known[rows]]
 
-    def decoding(self) -> Roster:
-        """The roster of `decode_rows`.
+    def decoding(self) -> DecodeFront:
+        """The `decode_rows`, and where they stand.
 
         Cost: 0.2 us as long as no sequence ends, gives way or samples its first token; then 10 to 25 us.
         """
-        if self._decoding is None or self._num_steps_left <= 0:
+        if self._decoding is None or self._decoding.num_steps_left <= 0:
             rows = self.decode_rows()
             is_stretch = len(rows) > 0 and rows[-1] - rows[0] == len(rows) - 1  # they ascend
-            self._decoding = self.roster_of(rows, slice(rows[0], rows[-1] + 1) if is_stretch else None)
-            left = self.max_total_len[rows] - self.num_tokens[rows]
-            self._num_steps_left = int(left.min(initial=NO_BOUND))
+            roster = self.roster_of(rows, slice(rows[0], rows[-1] + 1) if is_stretch else None)
+            num_tokens = self.num_tokens[rows]
+            num_steps_left = int((roster.max_total_len - num_tokens).min(initial=NO_BOUND))
+            self._decoding = DecodeFront(roster, num_tokens - 1, num_steps_left)
         return self._decoding
 
     def roster_of(self, rows: np.ndarray, at: slice | None = None) -> Roster:
@@ -221,12 +221,18 @@ class SequenceTable:
     def advance(self, roster: Roster, num_computed: np.ndarray, num_steps: int = 1) -> bool:
         """Decode rows feed all that they have up to there, in so many steps, and sample one token more.
 
+        Args:
+            roster: what `decoding` gave last, or some of its rows where others have given way since.
+
         Returns: whether one of them may get to its longest with that.
         """
         self.num_computed[roster.at] = num_computed
         self.num_tokens[roster.at] = num_computed + 1
-        self._num_steps_left -= num_steps
-        return self._num_steps_left <= 0
+        if self._decoding is None:
+            return True
+        assert self._decoding.roster is roster, "these are not the rows that decode"
+        self._decoding.advance(num_computed, num_steps)
+        return self._decoding.num_steps_left <= 0
 
     def begin_decoding(self, rows: np.ndarray) -> None:
         """Rows in prefill have been fed all that is known of them and sample their first token."""
@@ -328,7 +334,7 @@ class SequenceTable:
         self.num_known[roster.at] = lengths
         return lengths
 
-    def check_integrity(self, num_in_flight: int) -> None:
+    def check_integrity(self, num_in_flight: int, block_size: int) -> None:
         """Asserts what must hold between the columns, a row being at most `num_in_flight` tokens ahead of the host."""
         idle, row_of = ~self.active, np.flatnonzero
         for column in self._zero_when_inactive():
@@ -340,7 +346,7 @@ class SequenceTable:
         assert self.has_shared_tails == self.shares_tail.any()
         decoding, prefilling = self.on_device, self.active & ~self.on_device
         assert self.num_prefilling == np.count_nonzero(prefilling)
-        self._check_roster()
+        self._check_roster(block_size)
         ahead = self.num_tokens - self.num_known
         assert ((ahead >= 0) & (ahead <= np.where(decoding, num_in_flight, 0))).all(), f"tokens ahead: {ahead}"
         assert (self.num_tokens <= self.max_total_len).all()
@@ -353,19 +359,23 @@ class SequenceTable:
         for row in row_of(self.active).tolist():
             self._check_row(row)
 
-    def _check_roster(self) -> None:
+    def _check_roster(self, block_size: int) -> None:
         """Asserts that the roster, where it would be used again, is what would be gathered now."""
-        if self._decoding is None or self._num_steps_left <= 0:
+        front = self._decoding
+        if front is None or front.num_steps_left <= 0:
             return
         fresh = self.roster_of(self.decode_rows())
-        assert self._decoding.num_releases == self.num_releases
-        assert np.array_equal(np.arange(self.num_rows)[self._decoding.at], fresh.rows)
+        assert front.roster.num_releases == self.num_releases
+        assert np.array_equal(np.arange(self.num_rows)[front.roster.at], fresh.rows)
         for name in ("rows", "generations", "sequences", "offsets", "max_total_len", "min_stop_len"):
-            assert np.array_equal(getattr(fresh, name), getattr(self._decoding, name)), f"stale {name}"
-        width = len(self._decoding.stop_ids)  # requests with more of them may have entered since
-        assert np.array_equal(fresh.stop_ids[:width], self._decoding.stop_ids)
+            assert np.array_equal(getattr(fresh, name), getattr(front.roster, name)), f"stale {name}"
+        width = len(front.roster.stop_ids)  # requests with more of them may have entered since
+        assert np.array_equal(fresh.stop_ids[:width], front.roster.stop_ids)
         assert (fresh.stop_ids[width:] == NO_TOKEN).all()
-        assert (self.num_tokens[fresh.rows] + self._num_steps_left <= fresh.max_total_len).all()
+        positions = self.num_tokens[fresh.rows] - 1
+        assert np.array_equal(positions, front.positions)
+        assert (positions + 1 + front.num_steps_left <= fresh.max_total_len).all()
+        front.check_integrity(block_size)
 
     def _check_row(self, row: int) -> None:
         """Asserts that the row says what its request says."""

@@ -18,7 +18,7 @@ from jaxserve import steps
 from jaxserve.config import EngineConfig, EngineLimits, ModelConfig
 from jaxserve.engine import resolve
 from jaxserve.engine.engine import EngineCore
-from jaxserve.engine.pack import pack_step
+from jaxserve.engine.pack import StepPacker
 from jaxserve.engine.programs import step_shape
 from jaxserve.models.decoder import logits
 from jaxserve.scheduler.policy import SchedulerLimits
@@ -69,6 +69,7 @@ def chunked_logits(
     fields = ("num_blocks", "block_size", "max_num_seqs", "max_model_len", "max_num_batched_tokens")
     sizes = {name: getattr(limits, name) for name in fields}
     scheduler = Scheduler(SchedulerLimits(**sizes, enable_prefix_caching=False))  # every position's logits are wanted
+    packer = StepPacker(np.zeros(limits.max_num_seqs, np.int32))
     found = [np.zeros((len(p), model.vocab_size), np.float32) for p in prompts]
     for i, prompt in enumerate(prompts):
         scheduler.add(Request(str(i), prompt.astype(np.int32), len(prompt) + 1))
@@ -78,7 +79,7 @@ def chunked_logits(
         for admitted in plan.admitted:
             tables = state.block_tables.at[admitted.row, : len(admitted.block_ids)].set(admitted.block_ids)
             state = replace(state, block_tables=tables)
-        packed = pack_step(plan, shape, s.token_ids, s.num_prompt, np.zeros(limits.max_num_seqs, np.int32))
+        packed = packer.pack(plan, shape, s.token_ids, s.num_prompt)
         kv, state, out = run(params, kv, state, packed)
         offset = 0
         for row, start, length in zip(plan.prefill_rows, plan.prefill_starts, plan.prefill_lens, strict=True):

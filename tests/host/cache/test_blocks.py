@@ -45,7 +45,7 @@ def test_pool_is_a_queue_of_free_blocks(num_blocks: int, ops: list[tuple[bool, i
 def test_pool_with_kept_content_is_two_queues(num_blocks: int, data: st.DataObject) -> None:
     """Empty blocks go first, then kept ones, the longest unused first; sharing takes a kept one out of line."""
     pool, empty, kept_free = BlockPool(num_blocks), deque(range(1, num_blocks)), deque()
-    count, kept, generation = [0] * num_blocks, set(), [0] * num_blocks
+    count, kept, generation = [0] * num_blocks, set(), np.zeros(num_blocks, int)
     for _ in range(data.draw(st.integers(1, 40))):
         held = [block for block in range(1, num_blocks) if count[block]]
         free = len(empty) + len(kept_free)
@@ -58,7 +58,9 @@ def test_pool_with_kept_content_is_two_queues(num_blocks: int, data: st.DataObje
             assert (got.tolist(), gone.tolist()) == (expected + evicted, evicted)
             kept -= set(evicted)
             for block in expected + evicted:
-                count[block], generation[block] = 1, generation[block] + 1
+                count[block] = 1
+            assert (pool.generation[got] > generation.max()).all(), "as if it had been handed out before"
+            generation[got] = pool.generation[got]
         elif move == "share" and held + list(kept_free):
             some = data.draw(st.lists(st.sampled_from(held + list(kept_free)), max_size=5))
             pool.share(ids(*some))
@@ -86,7 +88,7 @@ def test_pool_with_kept_content_is_two_queues(num_blocks: int, data: st.DataObje
             kept_free = deque(block for block in kept_free if block not in some)
         assert (pool.num_free, pool.num_kept_free) == (len(empty) + len(kept_free), len(kept_free))
         assert pool.ref_count.tolist() == [1, *count[1:]]
-        assert pool.generation.tolist() == generation
+        assert pool.generation.tolist() == generation.tolist()
         pool.check_integrity(np.array(count))
 
 

@@ -17,6 +17,7 @@ PREFIX = "jaxserve/cache/prefix.py"
 SWAP = "jaxserve/cache/swap.py"
 MEMORY = "jaxserve/cache/kv_memory.py"
 SEQUENCES = "jaxserve/scheduler/sequences.py"
+ROSTER = "jaxserve/scheduler/roster.py"
 WAITING = "jaxserve/scheduler/waiting.py"
 ADMISSION = "jaxserve/scheduler/admission.py"
 POLICY = "jaxserve/scheduler/policy.py"
@@ -90,8 +91,16 @@ PLANTED = (
         "",
         UNIT_CACHE,
     ),
-    Planted("the generation is not raised", BLOCKS, "        self.generation[ids] += 1\n", "", UNIT_CACHE),
-    Planted("after a lost device blocks are thought good", BLOCKS, "        self.generation += 1\n", "", UNIT_CACHE),
+    Planted(
+        "the generation is not raised", BLOCKS, "        self.generation[ids] = self._clock", "        self", UNIT_CACHE
+    ),
+    Planted(
+        "after a lost device blocks are thought good",
+        BLOCKS,
+        "        self.generation[:] = self._clock\n",
+        "",
+        UNIT_CACHE,
+    ),
     Planted("evicted blocks are still kept", BLOCKS, "            self.is_kept[evicted] = False\n", "", UNIT_CACHE),
     Planted(
         "the null block is handed out",
@@ -376,15 +385,29 @@ PLANTED = (
     Planted(
         "the roster keeps who is at the longest",
         SEQUENCES,
-        "if self._decoding is None or self._num_steps_left <= 0:\n            rows =",
+        "if self._decoding is None or self._decoding.num_steps_left <= 0:\n            rows =",
         "if self._decoding is None:\n            rows =",
         UNIT_SCHEDULER,
     ),
     Planted(
         "nobody is looked at for being at the longest",
         SEQUENCES,
-        "        self._num_steps_left -= num_steps\n        return self._num_steps_left <= 0\n",
-        "        self._num_steps_left -= num_steps\n        return False\n",
+        "        return self._decoding.num_steps_left <= 0\n",
+        "        return False\n",
+        UNIT_SCHEDULER,
+    ),
+    Planted(
+        "a loop is one step to the rows that open a block",
+        ROSTER,
+        "        self._num_steps += num_steps\n",
+        "        self._num_steps += 1\n",
+        SIMULATION,
+    ),
+    Planted(
+        "the rows stay where they were",
+        ROSTER,
+        "        self.positions = positions\n        self.num_steps_left -=",
+        "        self.num_steps_left -=",
         UNIT_SCHEDULER,
     ),
     Planted("a release goes uncounted", SEQUENCES, "        self.num_releases += 1\n", "", UNIT_SCHEDULER),
@@ -406,15 +429,15 @@ PLANTED = (
     ),
     Planted(
         "a block begins a token late",
-        PLANNER,
-        "(positions & (view.limits.block_size - 1)) == 0",
-        "(positions & (view.limits.block_size - 1)) == 1",
+        ROSTER,
+        "(self.positions & (block_size - 1)) == 0",
+        "(self.positions & (block_size - 1)) == 1",
         UNIT_SCHEDULER,
     ),
     Planted(
         "a loop's rows open no block but their first",
         PLANNER,
-        "            decodes.opens_block = opens_block\n",
+        "            decodes.opening_rows = frozen(decodes.roster.rows[opens_block], np.intp)\n",
         "            pass\n",
         SIMULATION,
     ),
