@@ -134,7 +134,7 @@ def bandwidth(report: Report, core: EngineCore, num_rounds: int) -> None:
     size = min((s for s in compiled.gather if s >= num_blocks), default=max(compiled.gather))
     ids = np.arange(1, size + 1, dtype=np.int32)
     layer = kv.layers[0]
-    own = SwapStore(size, (len(kv.layers), *layer.shape[1:]), layer.dtype)
+    own = SwapStore(size, kv.block_shape, layer.dtype)
     laps_s = []
     for _ in range(num_rounds + 1):
         t0 = time.perf_counter()

@@ -19,7 +19,8 @@ import pytest
 from benchmarks.report import Row
 from benchmarks.tpu_compile import growth
 from jaxserve.config import EngineConfig
-from jaxserve.engine.compile_check import count_collectives, count_copies, make_topology_mesh, topology_devices
+from jaxserve.engine.compile_check import make_topology_mesh, topology_devices
+from jaxserve.engine.program_text import ProgramText
 from jaxserve.errors import ConfigError
 from jaxserve_server.compile_check import main
 
@@ -152,9 +153,9 @@ def test_what_is_counted_in_a_program_s_text() -> None:
   %all-reduce-done.4 = f32[64,4096]{1,0} all-reduce-done(f32[64,4096]{1,0} %all-reduce-start.4)
   %all-gather.1 = f32[64]{0} all-gather(f32[16]{0} %y)
 """
-    assert count_copies(text, (4096, 16, 8, 256)) == 2
-    assert count_copies(text, (4096, 16, 4, 256)) == 0
-    assert count_collectives(text) == (("all-reduce", 2), ("all-gather", 1))
+    assert ProgramText(text, (4096, 16, 8, 256)).cache_copies() == 2
+    assert ProgramText(text, (4096, 16, 4, 256)).cache_copies() == 0
+    assert ProgramText(text).collectives() == (("all-reduce", 2), ("all-gather", 1))
 
 
 def test_a_mesh_wants_as_many_devices_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
