@@ -128,9 +128,9 @@ class EngineConfig:
         kv_cache_dtype: "auto" is the model's dtype.
         attention_backend: "pallas" are the kernels of `pallas_kernels`, "xla" plain XLA. "auto" takes kernels where
             there are some for the device and the model and their answers are right there (`engine.attention`).
-        stacked_layers: the layers' parameters lie stacked and one loop runs them: a program of 80 layers is as large, and
-            compiles as fast, as one of a layer. The parameters must lie so (`load_model(stacked_layers=...)`). None:
-            as `models.params.choose_layers` has it.
+        stacked_layers: the layers' parameters lie stacked and one loop runs them: a program of 80 layers is as large,
+            and compiles as fast, as one of a layer. The parameters must lie so (`load_model(stacked_layers=...)`).
+            None: as `models.params.choose_layers` has it.
         enable_prefix_caching: keep the KV of past prompts and outputs for requests that begin with them.
         swap_space: GiB of host memory for the KV of preempted sequences; 0 computes them again instead.
         verify_swaps: checksum every block on its way to host memory and back. For tests: about 1 GB/s.

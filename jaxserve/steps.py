@@ -6,7 +6,6 @@ stream with a row and a position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any

@@ -40,9 +40,7 @@ def save(folder: Path, params: Any) -> None:
         checkpointer.save((folder / PARAMS_FOLDER).absolute(), params, save_args=save_args)
 
 
-def restore(
-    folder: Path, config: ModelConfig, mesh: Mesh | None, manifest: Manifest, *, stacked: bool = False
-) -> Any:
+def restore(folder: Path, config: ModelConfig, mesh: Mesh | None, manifest: Manifest, *, stacked: bool = False) -> Any:
     """The tree of `decoder_specs` over any mesh, whatever the arrays were saved from; each device reads its own part.
 
     Where several devices hold copies of one kv head, each reads that head's queries whole and keeps its share.

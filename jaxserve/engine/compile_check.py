@@ -222,7 +222,9 @@ def check_engine(
     )
 
 
-def _check_program(name: str, lower: Callable[[], Any], mesh: Mesh, cache_dims: tuple[int, ...], layers: int) -> ProgramCheck:
+def _check_program(
+    name: str, lower: Callable[[], Any], mesh: Mesh, cache_dims: tuple[int, ...], layers: int
+) -> ProgramCheck:
     begin = time.perf_counter()
     try:
         with jax.set_mesh(mesh):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.compiled import CompiledSteps
@@ -117,5 +118,5 @@ def _trace(
         else:
             answers |= {at + length - num_samples + index: columns[0, index] for index in range(num_samples)}
         at += length * num_steps
-    stored = np.stack([np.asarray(layer[kv.places(blocks)]) for layer in kv.layers])
+    stored = np.stack([np.asarray(layer[kv.places(jnp.asarray(blocks, jnp.int32))]) for layer in kv.layers])
     return Trace(stored, answers), (kv, state)

@@ -50,9 +50,9 @@ class ProgramText:
         return tuple((kind, found[kind]) for kind in COLLECTIVES if found[kind])
 
     def cache_copies(self) -> int:
-        """How many copies of an array of the cache, whatever the order of its dimensions, or of a layer's part of it."""
+        """How many copies of an array of the cache, in whatever order, or of a layer's part of one."""
         blocks, *block = self._cache_dims
-        return self.copies((blocks, *block)) + (self._num_layers > 1) * self.copies((blocks // self._num_layers, *block))
+        return sum(self.copies((size, *block)) for size in {blocks, blocks // self._num_layers})
 
     def copies(self, dims: Sequence[int]) -> int:
         """How many copies of an array of these dimensions, in whatever order."""

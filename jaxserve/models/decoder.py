@@ -88,7 +88,9 @@ def forward(
     if are_stacked(params):
         (caches,), (window,) = kv, set(config.layer_windows)
 
-        def run_next(carry: tuple[jax.Array, Any], layer: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
+        def run_next(
+            carry: tuple[jax.Array, Any], layer: tuple[jax.Array, Params]
+        ) -> tuple[tuple[jax.Array, Any], None]:
             (x, caches), (index, weights) = carry, layer
             x, (caches, _) = run_layer(x, weights, OneOf(caches, index), tables, window)
             return (x, caches), None

@@ -75,8 +75,8 @@ def choose_layers(config: ModelConfig, asked: bool | None) -> LayersChoice:
     if len(set(config.layer_windows)) > 1:
         found = ", ".join("none" if w is None else str(w) for w in dict.fromkeys(config.layer_windows))
         raise ConfigError(
-            f"stacked_layers cannot be had: the layers' attention windows differ ({found}), and those of a stack run as "
-            "one program. Set stacked_layers to False (--no-stacked-layers)."
+            f"stacked_layers cannot be had: the layers' attention windows differ ({found}), and those of a stack run "
+            "as one program. Set stacked_layers to False (--no-stacked-layers)."
         )
     return LayersChoice(True, "asked for")
 

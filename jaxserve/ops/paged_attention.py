@@ -63,8 +63,8 @@ def write_kv(
     A slot past the end drops its token (padding).
 
     Args:
-        first_block, num_blocks: of the layer, where the cache holds several; slots count from its first on, and past its
-            last is past the end.
+        first_block, num_blocks: of the layer, where the cache holds several; slots count from its first on, and past
+            its last is past the end.
     """
     num_all, block_size, *heads = cache.shape
     if num_blocks is not None:
