@@ -133,7 +133,8 @@ class Run:
                             f"steps of {model}, {setting}={value}: not timed, because a check was not passed"
                         )
                         continue
-                    yield self._step_job(model, f"{setting}={value}", {setting: value}, short)
+                    settings = {} if self._may_use_kernels(model) else {BACKEND: "xla"}
+                    yield self._step_job(model, f"{setting}={value}", settings | {setting: value}, short)
 
     def _may_use_kernels(self, model: str) -> bool:
         """Whether the attention kernel was right for this model's heads, or nobody asked, or no engine would use it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,9 +75,13 @@ MODELS = {
 FULL_NAMES = {"8B": "Llama-3.1-8B", "1B": "Llama-3.2-1B", "0.6B": "Qwen3-0.6B", "tiny": "tiny"}
 
 
-def random_params(model: ModelConfig, seed: int) -> Any:
-    """Random weights on the device, tensor by tensor: nothing is held beside them. One program a shape."""
-    leaves, tree = jax.tree.flatten(decoder_specs(model), is_leaf=is_spec)
+def random_params(model: ModelConfig, seed: int, *, stacked: bool = False) -> Any:
+    """Random weights on the device, tensor by tensor: nothing is held beside them. One program a shape.
+
+    Args:
+        stacked: each tensor of all layers in one.
+    """
+    leaves, tree = jax.tree.flatten(decoder_specs(model, stacked=stacked), is_leaf=is_spec)
     return tree.unflatten([_random(spec, seed + index) for index, spec in enumerate(leaves)])
 
 
@@ -86,7 +91,7 @@ def _random(spec: ArraySpec, seed: int) -> jax.Array:
     return _scaled(random_values(seed, spec.shape, spec.dtype))
 
 
-@jax.jit
+@partial(jax.jit, donate_argnums=0)
 def _scaled(array: jax.Array) -> jax.Array:
     return (array.astype(jnp.float32) * jnp.float32(0.02)).astype(array.dtype)
 

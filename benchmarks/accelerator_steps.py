@@ -78,7 +78,7 @@ class Steps:
         self.limits = self._limits(settings)
         alone = replace(self.limits, max_decode_steps=1)
         self.max_loop = self.limits.max_decode_steps
-        self.params = random_params(model, seed)
+        self.params = random_params(model, seed, stacked=self.limits.stacked_layers)
         single = engine_programs(self.params, model, alone)
         looped = engine_programs(self.params, model, self.limits)
         wanted = {("empty", 1): single["empty"]}

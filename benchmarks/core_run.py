@@ -21,7 +21,7 @@ def make_core(model: str, dtype: str, **config: Any) -> EngineCore:
     Args:
         config: fields of `EngineConfig`.
     """
-    loaded = load_model(model, dtype=dtype)
+    loaded = load_model(model, dtype=dtype, stacked_layers=config.get("stacked_layers"))
     return EngineCore(loaded.config, loaded.params, EngineConfig(**config))
 
 

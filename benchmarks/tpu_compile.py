@@ -1,12 +1,14 @@
 """Would the models that people serve fit and compile on TPUs, and what does the compiler think of their steps?
 
-    python -m benchmarks.tpu_compile [--quick] [--json FILE] [--only NAME ...] [--decode-only] [--compare FILE]
+    python -m benchmarks.tpu_compile [--quick] [--stacked] [--json FILE] [--only NAME ...] [--decode-only]
+        [--compare FILE]
 
 Compiles the engine's own step programs, kernels included, for named topologies with libtpu. No TPU is needed and
 nothing runs: memory, collectives and copies are the compiler's, and so are the cycles, which are its estimate of each
 instruction once (a loop's body counts once) and good only to compare with an earlier run's. Programs are those of 64
 rows that decode and of a mixed step of 2,048 tokens; --quick compiles two layers of each model. A mixed step of a
-deep model takes minutes to compile, hence --decode-only. --compare FILE holds memory and cycles to an earlier run's
+deep model takes minutes to compile, hence --decode-only, and --stacked, which compiles layers that are stacked and run
+in a loop (their collectives and cycles count once a layer). --compare FILE holds memory and cycles to an earlier run's
 JSON: the exit status is 1 if a figure has grown by more than a twentieth.
 """
 
@@ -57,7 +59,7 @@ CASES = (
 )
 
 
-def run(report: Report, case: Case, num_layers: int | None, kinds: dict[str, str]) -> None:
+def run(report: Report, case: Case, num_layers: int | None, kinds: dict[str, str], *, stacked: bool) -> None:
     """Compiles a case's programs, by what they are called here, and reports what they are."""
     from jaxserve.engine.compile_check import GIB, check_engine
 
@@ -70,9 +72,11 @@ def run(report: Report, case: Case, num_layers: int | None, kinds: dict[str, str
         max_num_seqs=64,
         block_size=32,
         max_decode_steps=1,
+        stacked_layers=stacked,
     )
     check = check_engine(model, config, case.topology, names=tuple(kinds.values()))
     name = case.name if num_layers is None else f"{case.name}, {num_layers} layers"
+    name += ", stacked" * stacked
     report.add(f"{name}: KV tokens", check.limits.num_kv_tokens, "")
     for program, kind in zip(check.programs, kinds, strict=True):
         if program.error:
@@ -96,6 +100,7 @@ def run(report: Report, case: Case, num_layers: int | None, kinds: dict[str, str
 def main() -> None:
     parser = argparse.ArgumentParser(description="Steps compiled for TPUs that are not there.")
     parser.add_argument("--quick", action="store_true", help="two layers of each model")
+    parser.add_argument("--stacked", action="store_true", help="the layers stacked, in a loop")
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="cases whose name has one of these in it")
     parser.add_argument("--decode-only", action="store_true", help="no mixed steps")
@@ -107,7 +112,7 @@ def main() -> None:
         if args.only and not any(word in case.name for word in args.only):
             continue
         print(f"{case.name} ...", flush=True)
-        run(report, case, 2 if args.quick else None, kinds)
+        run(report, case, 2 if args.quick else None, kinds, stacked=args.stacked)
     report.finish(args.json)
     grown = [] if args.compare is None else growth(report.rows, json.loads(Path(args.compare).read_text())["rows"])
     for line in grown:

@@ -128,6 +128,9 @@ class EngineConfig:
         kv_cache_dtype: "auto" is the model's dtype.
         attention_backend: "pallas" are the kernels of `pallas_kernels`, "xla" plain XLA. "auto" takes kernels where
             there are some for the device and the model and their answers are right there (`engine.attention`).
+        stacked_layers: the layers' parameters lie stacked and one loop runs them: a program of 80 layers is as large,
+            and compiles as fast, as one of a layer. The parameters must lie so (`load_model(stacked_layers=...)`).
+            None: as `models.params.choose_layers` has it.
         enable_prefix_caching: keep the KV of past prompts and outputs for requests that begin with them.
         swap_space: GiB of host memory for the KV of preempted sequences; 0 computes them again instead.
         verify_swaps: checksum every block on its way to host memory and back. For tests: about 1 GB/s.
@@ -157,6 +160,7 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     kv_cache_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention_backend: Literal["auto", "xla", "pallas"] = "auto"
+    stacked_layers: bool | None = None
     enable_prefix_caching: bool = True
     swap_space: float = 4.0
     verify_swaps: bool = False
@@ -211,6 +215,7 @@ class EngineLimits:
         exact: only buckets whose bits agree are used.
         attention: "xla", or whose Pallas kernels compute it.
         tensor_parallel_size: devices that parameters and cache are cut over.
+        stacked_layers: parameters and cache hold all layers in one array each, and a loop runs them.
     """
 
     max_model_len: int
@@ -230,6 +235,7 @@ class EngineLimits:
     exact: bool = False
     attention: AttentionBackend = "xla"
     tensor_parallel_size: int = 1
+    stacked_layers: bool = False
 
     @property
     def decode_bucket(self) -> int:

@@ -73,7 +73,9 @@ class LLM:
         if "stream_interval_ms" not in config:  # nobody reads before the end
             engine_config = replace(engine_config, stream_interval_ms=math.inf)
         mesh = mesh_for(engine_config.tensor_parallel_size)
-        loaded = load_model(model, dtype=dtype, mesh=mesh, revision=revision)
+        loaded = load_model(
+            model, dtype=dtype, mesh=mesh, revision=revision, stacked_layers=engine_config.stacked_layers
+        )
         folder = loaded.folder if tokenizer is None else resolve(tokenizer).folder
         self._tokenizer = Tokenizer.from_folder(folder)
         self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)

@@ -256,23 +256,58 @@ class KVCache:
     Block 0 is the null block: tables are padded with it and nobody reads it unmasked. On CPU a 16-bit
     cache is stored as uint16 and bitcast at the edges: XLA:CPU converts the whole operand of a bfloat16
     scatter to float32 and back every step (332 against 81 ms, SmolLM2-135M's shape, 64 rows).
+
+    Where layers are stacked there is one array of all, [L * P, C, K, 2H]: block b of layer l is block l * P + b of it.
+    A leading axis of layers would have to be sliced, and a slice is a copy.
+
+    Attributes:
+        layers_per_array: 1, or all where layers are stacked.
     """
 
     layers: tuple[Array, ...]
     dtype: str = struct.field(pytree_node=False)
+    layers_per_array: int = struct.field(pytree_node=False, default=1)
+
+    @property
+    def num_blocks(self) -> int:
+        """P: blocks of a layer, the null block included."""
+        return self.layers[0].shape[0] // self.layers_per_array
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """[L, C, K, 2H] of a block in all layers."""
+        return (len(self.layers) * self.layers_per_array, *self.layers[0].shape[1:])
+
+    def places(self, ids: Int[Array, " blocks"]) -> Int[Array, "..."]:
+        """Where blocks lie in each array: [n], or [n, L] where layers are stacked; ids past P go past its end."""
+        if self.layers_per_array == 1:
+            return ids
+        first = jnp.arange(self.layers_per_array, dtype=ids.dtype) * self.num_blocks
+        return jnp.where(ids[:, None] < self.num_blocks, ids[:, None] + first, len(self.layers[0]))
 
 
 def init_kv_cache(
-    config: ModelConfig, num_blocks: int, block_size: int, dtype: str, *, as_bits: bool, num_devices: int = 1
+    config: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: str,
+    *,
+    as_bits: bool,
+    num_devices: int = 1,
+    stacked: bool = False,
 ) -> KVCache:
     """A zeroed cache of `num_blocks` blocks, the null block included.
 
     Args:
         num_devices: that hold it together; the heads of all.
+        stacked: all layers in one array.
     """
-    shape = (num_blocks, block_size, config.num_kv_heads_over(num_devices), 2 * config.head_dim)
+    num_arrays, in_each = (1, config.num_layers) if stacked else (config.num_layers, 1)
+    shape = (in_each * num_blocks, block_size, config.num_kv_heads_over(num_devices), 2 * config.head_dim)
     storage = jnp.uint16 if as_bits and jnp.dtype(dtype).itemsize == 2 else jnp.dtype(dtype)
-    return KVCache(layers=tuple(jnp.zeros(shape, storage) for _ in range(config.num_layers)), dtype=dtype)
+    return KVCache(
+        layers=tuple(jnp.zeros(shape, storage) for _ in range(num_arrays)), dtype=dtype, layers_per_array=in_each
+    )
 
 
 def init_decode_state(max_rows: int, max_blocks: int, vocab_size: int) -> DecodeState:

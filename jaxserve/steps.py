@@ -6,7 +6,6 @@ stream with a row and a position.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxserve.config import ModelConfig
-from jaxserve.models.decoder import forward
+from jaxserve.models.decoder import OneOf, forward
 from jaxserve.ops.kernel_attention import kernel_attention, kernel_write, stream_sequences
 from jaxserve.ops.logprobs import pack_prompt_logprobs
 from jaxserve.ops.next_tokens import no_next_tokens, sample_next_tokens
@@ -157,23 +156,30 @@ def _forward(
     max_model_len: int,
     axis: Axis = ONE_DEVICE,
 ) -> tuple[jax.Array, KVCache]:
-    slots = _slots(state, batch, shape, kv.layers[0].shape[0])
-    tables = state.block_tables
-    attention: Callable[..., jax.Array]
-    write: Callable[..., jax.Array]
+    slots, tables = _slots(state, batch, shape, kv.num_blocks), state.block_tables
     if shape.attention == "xla":
-        write = partial(write_kv, dtype=kv.dtype)
         order = decode_order(tables, batch, shape)
-        attention = partial(paged_attention, block_tables=tables, batch=batch, shape=shape, dtype=kv.dtype, order=order)
     else:
-        write = partial(kernel_write, shape=shape)
-        attention = partial(kernel_attention, sequences=stream_sequences(tables, batch, shape), shape=shape)
+        sequences = stream_sequences(tables, batch, shape)
 
-    def attend(
-        window: int | None, cache: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array
+    def attend(window: int | None, cache: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+        if isinstance(cache, OneOf):  # blocks of layer l begin at l * P of the one array
+            out, caches = attend_in(cache.caches, cache.layer * kv.num_blocks, kv.num_blocks, window, q, k, v)
+            return out, cache._replace(caches=caches)
+        return attend_in(cache, 0, None, window, q, k, v)
+
+    def attend_in(
+        cache: jax.Array, first: jax.Array | int, num: int | None, window: int | None, q: Any, k: Any, v: Any
     ) -> tuple[jax.Array, jax.Array]:
-        cache = write(cache, k, v, slots)
-        return attention(q=q, cache=cache, window=window), cache
+        if shape.attention == "xla":
+            cache = write_kv(cache, k, v, slots, kv.dtype, first_block=first, num_blocks=num)
+            here, ordered = tables + first, order._replace(tables=order.tables + first)
+            out = paged_attention(q, cache, here, batch, shape, dtype=kv.dtype, window=window, order=ordered)
+        else:
+            cache = kernel_write(cache, k, v, slots, shape, first_block=first, num_blocks=num)
+            here = sequences._replace(tables=sequences.tables + first)
+            out = kernel_attention(q, cache, here, shape, window=window)
+        return out, cache
 
     hidden, layers = forward(
         params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len, axis=axis

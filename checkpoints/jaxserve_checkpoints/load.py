@@ -2,7 +2,8 @@
 
 Owns the reading of weights into our tree. It knows nothing of engines. All names, dtypes and shapes are
 checked against the spec tree first; then each leaf is filled from its files, a device's part at a time,
-and handed to the device, so that host memory holds about a layer more than the model.
+and handed to the device, so that host memory holds about a layer more than the model. Of stacked layers the devices
+hold a layer more, too: each is read as if it stood alone and then written to its place.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from jax.sharding import Mesh, Sharding
 
 from jaxserve.config import ModelConfig
 from jaxserve.errors import WeightsError
-from jaxserve.models.params import decoder_specs
+from jaxserve.models.params import choose_layers, decoder_specs
 from jaxserve.parallel.rules import check_divides, placements_on
 from jaxserve.parallel.specs import tree_bytes
 from jaxserve_checkpoints import hf_config, manifest, orbax
 from jaxserve_checkpoints.names import Leaf, Place, is_ignorable, leaves
 from jaxserve_checkpoints.safetensors import FLOATS, MappedFiles, TensorInfo, read_folder
 from jaxserve_checkpoints.source import Source, resolve
+from jaxserve_checkpoints.stacking import LayerStacks
 
 # Leaves in flight: a layer has four large ones, so peak memory is the model and about one layer.
 MAX_THREADS = 4
@@ -43,7 +45,7 @@ class LoadedModel:
     """A model, ready to be given to an engine.
 
     Attributes:
-        params: the tree of `decoder_specs(config)`, as committed arrays.
+        params: the tree of `decoder_specs(config)`, stacked where that was asked for, as committed arrays.
         generation_defaults: the sampling defaults of the model's authors, by SamplingParams' names.
         version: identifies the weights, 64 hex digits. Of a converted checkpoint it is its manifest's
             digest; of a Hugging Face folder a SHA-256 over the configuration, all names, dtypes and shapes,
@@ -68,7 +70,12 @@ class LoadedModel:
 
 
 def load_model(
-    name_or_dir: str | Path, *, dtype: str = "auto", mesh: Mesh | None = None, revision: str | None = None
+    name_or_dir: str | Path,
+    *,
+    dtype: str = "auto",
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    stacked_layers: bool | None = False,
 ) -> LoadedModel:
     """Reads a model into the memory of its devices.
 
@@ -77,9 +84,11 @@ def load_model(
         dtype: of the weights as served: "auto" is the checkpoint's.
         mesh: the devices; None is the first local one.
         revision: of a hub repository.
+        stacked_layers: each parameter of all layers in one array. None decides as an engine does whose
+            `EngineConfig.stacked_layers` is None.
 
     Raises:
-        ConfigError: the model cannot be cut over so many devices.
+        ConfigError: the model cannot be cut over so many devices, or its layers cannot be stacked.
         UnsupportedModelError: an architecture or feature that is not implemented.
         WeightsError: missing, unexpected, ill-shaped or truncated tensors, all in one message.
         ManifestError: a converted checkpoint whose bytes are not those that were written.
@@ -90,7 +99,7 @@ def load_model(
     if mesh is not None:  # refused before a weight is read, and before a manifest is compared with all of them
         check_divides(hf_config.read_config(source.folder, dtype="float32"), mesh.size)
     read = _read_huggingface if source.kind == "huggingface" else _read_converted
-    config, params, version = read(source, dtype, mesh)
+    config, params, version = read(source, dtype, mesh, stacked_layers)
     jax.block_until_ready(params)
     return LoadedModel(
         name=source.name,
@@ -104,14 +113,20 @@ def load_model(
     )
 
 
-def _read_converted(source: Source, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, Any, str]:
+def _read_converted(
+    source: Source, dtype: str, mesh: Mesh | None, stacked_layers: bool | None
+) -> tuple[ModelConfig, Any, str]:
     found = manifest.verify(source.folder)
     config = orbax.read_config(source.folder, found, dtype)
-    return config, orbax.restore(source.folder, config, mesh, found), found.digest
+    stacked = choose_layers(config, stacked_layers).stacked
+    return config, orbax.restore(source.folder, config, mesh, found, stacked=stacked), found.digest
 
 
-def _read_huggingface(source: Source, dtype: str, mesh: Mesh | None) -> tuple[ModelConfig, Any, str]:
-    hf_config.read_config(source.folder, dtype="float32")  # refuses an architecture before weights are looked for
+def _read_huggingface(
+    source: Source, dtype: str, mesh: Mesh | None, stacked_layers: bool | None
+) -> tuple[ModelConfig, Any, str]:
+    # Refuses an architecture, or a stack of it, before weights are looked for.
+    stacked = choose_layers(hf_config.read_config(source.folder, dtype="float32"), stacked_layers).stacked
     tensors = read_folder(source.folder)
     stored = tensors[EMBEDDING].dtype if EMBEDDING in tensors else None
     names = {code: str(kind) for code, kind in FLOATS.items()}
@@ -122,7 +137,7 @@ def _read_huggingface(source: Source, dtype: str, mesh: Mesh | None) -> tuple[Mo
     placements = placements_on(mesh, specs)
     with MappedFiles(tensors) as files:
         version = _version(source.folder, tensors, files)
-        params = _fill_tree(targets, placements, tensors, files)
+        params = _fill_tree(targets, placements, tensors, files, LayerStacks(config, mesh) if stacked else None)
     return config, params, version
 
 
@@ -183,23 +198,36 @@ def _version(folder: Path, tensors: Mapping[str, TensorInfo], files: MappedFiles
 
 
 def _fill_tree(
-    targets: Sequence[Leaf], placements: Any, tensors: Mapping[str, TensorInfo], files: MappedFiles
+    targets: Sequence[Leaf],
+    placements: Any,
+    tensors: Mapping[str, TensorInfo],
+    files: MappedFiles,
+    stacks: LayerStacks | None,
 ) -> dict[str, Any]:
-    """The tree of arrays, leaves being filled by a few threads (numpy's copies release the GIL)."""
+    """The tree of arrays, leaves being filled by a few threads (numpy's copies release the GIL).
 
-    def fill(leaf: Leaf) -> jax.Array:
-        placement = placements
+    Args:
+        stacks: where the layers' arrays go; None for each on its own.
+    """
+    top: dict[str, jax.Array] = {}
+    layers: tuple[dict[str, jax.Array], ...] = tuple({} for _ in placements["layers"])
+
+    def fill(leaf: Leaf) -> None:
+        placement, name = placements, str(leaf.path[-1])
         for key in leaf.path:
             placement = placement[key]
-        return _fill_leaf(leaf, placement, tensors, files)
+        array = _fill_leaf(leaf, placement, tensors, files)
+        if leaf.path[0] != "layers":
+            top[name] = array
+        elif stacks is None:
+            layers[int(leaf.path[1])][name] = array
+        else:
+            stacks.put(int(leaf.path[1]), name, array)
 
-    top: dict[str, Any] = {}
-    layers: tuple[dict[str, jax.Array], ...] = tuple({} for _ in placements["layers"])
     with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1), "load") as pool:
-        for leaf, array in zip(targets, pool.map(fill, targets), strict=True):
-            group = layers[int(leaf.path[1])] if leaf.path[0] == "layers" else top
-            group[str(leaf.path[-1])] = array
-    return {**top, "layers": layers}
+        for _ in pool.map(fill, targets):
+            pass  # an error of a thread is raised here
+    return {**top, "layers": layers if stacks is None else stacks.arrays}
 
 
 def _fill_leaf(leaf: Leaf, placement: Sharding, tensors: Mapping[str, TensorInfo], files: MappedFiles) -> jax.Array:

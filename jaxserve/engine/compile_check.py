@@ -10,7 +10,6 @@ import importlib.util
 import os
 import re
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,22 +20,20 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxserve.config import EngineConfig, EngineLimits, ModelConfig
+from jaxserve.engine.program_text import ProgramText
 from jaxserve.engine.programs import engine_programs
 from jaxserve.engine.resolve import resolve_engine_config
 from jaxserve.errors import ConfigError
-from jaxserve.models.params import decoder_specs
+from jaxserve.models.params import choose_layers, decoder_specs
 from jaxserve.parallel.mesh import bytes_on_each
 from jaxserve.parallel.rules import MESH_AXIS, check_divides, shardings
 from jaxserve.parallel.specs import abstract_arrays, map_specs
 
 GIB = 2**30
 TOPOLOGIES = "v5e:2x2, v5p:2x2x1, v6e:2x4 or tpu7x:2x2x1"
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute")
-_NO_ESTIMATE = 2**60  # what the compiler writes where it has none
 _TOO_MUCH = 2**42  # bytes; no chip has them
 _AVAILABLE = re.compile(r"available HBM \((\d+(?:\.\d+)?)([MGT])\)")
 _NEEDED = re.compile(r"\((\d+(?:\.\d+)?)([MGT])\) exceeds available HBM")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -50,9 +47,10 @@ class ProgramCheck:
         argument_bytes: parameters, cache and state, as they lie in the chip's memory, padding included.
         temp_bytes, code_bytes: what a run takes besides.
         new_output_bytes: results that are no donated argument.
-        collectives: how many instructions of each kind of `COLLECTIVES`; a loop's body counts once.
+        collectives: how many instructions of each kind of `program_text.COLLECTIVES`; a loop's body counts once, but
+            that of stacked layers once a layer.
         cache_copies: copies of a whole layer's cache: none, or the pool is moved in each step.
-        cycles: the compiler's estimate, all instructions once; to compare with itself.
+        cycles: the compiler's estimate, instructions counted in the same way; to compare with itself.
         error: why it does not compile; None if it does.
     """
 
@@ -195,19 +193,21 @@ def check_engine(
     num_devices = config.tensor_parallel_size
     check_divides(model, num_devices)
     mesh, num_in_topology = make_topology_mesh(topology, num_devices)
-    specs = decoder_specs(model, num_devices)
+    specs = decoder_specs(model, num_devices, stacked=choose_layers(model, config.stacked_layers).stacked)
     one = SingleDeviceSharding(mesh.devices.flat[0])
     params = abstract_arrays(specs, shardings(specs, mesh) if mesh.size > 1 else map_specs(lambda _: one, specs))
     weight_bytes = bytes_on_each(params)
     kind, hbm_bytes = mesh.devices.flat[0].device_kind, usable_bytes(mesh)
     limits = resolve_engine_config(config, model, weight_bytes=weight_bytes, device=_Chip("tpu", kind, hbm_bytes))
-    cache_dims = (limits.num_blocks, limits.block_size, model.num_kv_heads_over(num_devices) // num_devices)
+    layers = model.num_layers if limits.stacked_layers else 1  # in each array of the cache
+    num_kv = model.num_kv_heads_over(num_devices) // num_devices
+    cache_dims = (layers * limits.num_blocks, limits.block_size, num_kv, 2 * model.head_dim)
     programs = engine_programs(params, model, limits)
     checks = []
     for name in names or tuple(f"step[{n}]" for n in sorted({limits.decode_bucket, limits.token_buckets[-1]})):
         if name not in programs:
             raise ConfigError(f"There is no program {name}. There are {', '.join(sorted(programs))}.")
-        checks.append(_check_program(name, programs[name], mesh, (*cache_dims, 2 * model.head_dim)))
+        checks.append(_check_program(name, programs[name], mesh, cache_dims, layers))
         if on_program:
             on_program(checks[-1])
     return CompileCheck(
@@ -222,7 +222,9 @@ def check_engine(
     )
 
 
-def _check_program(name: str, lower: Callable[[], Any], mesh: Mesh, cache_dims: tuple[int, ...]) -> ProgramCheck:
+def _check_program(
+    name: str, lower: Callable[[], Any], mesh: Mesh, cache_dims: tuple[int, ...], layers: int
+) -> ProgramCheck:
     begin = time.perf_counter()
     try:
         with jax.set_mesh(mesh):
@@ -235,7 +237,8 @@ def _check_program(name: str, lower: Callable[[], Any], mesh: Mesh, cache_dims: 
             argument_bytes=_bytes(needed) if needed else 0,
             error=str(error).splitlines()[0],
         )
-    seconds, memory, text = time.perf_counter() - begin, compiled.memory_analysis(), compiled.as_text()
+    seconds, memory = time.perf_counter() - begin, compiled.memory_analysis()
+    text = ProgramText(compiled.as_text(), cache_dims, layers)
     return ProgramCheck(
         name,
         seconds,
@@ -243,22 +246,7 @@ def _check_program(name: str, lower: Callable[[], Any], mesh: Mesh, cache_dims: 
         temp_bytes=memory.temp_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
         new_output_bytes=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        collectives=count_collectives(text),
-        cache_copies=count_copies(text, cache_dims),
-        cycles=sum(cycles for cycles in map(int, _CYCLES.findall(text)) if cycles < _NO_ESTIMATE),
+        collectives=text.collectives(),
+        cache_copies=text.cache_copies(),
+        cycles=text.cycles(),
     )
-
-
-def count_collectives(hlo: str) -> tuple[tuple[str, int], ...]:
-    """How often each of `COLLECTIVES` stands in a compiled program; an asynchronous one counts at its start."""
-    names = "|".join(COLLECTIVES)
-    found = Counter(re.findall(rf"\s({names})(?:-start)?\(", hlo))
-    return tuple((name, found[name]) for name in COLLECTIVES if found[name])
-
-
-def count_copies(hlo: str, dims: tuple[int, ...]) -> int:
-    """How many copies of an array of these dimensions, in whatever order, a compiled program has."""
-    found = 0
-    for shape in re.findall(r"=\s*\(?\w+\[([\d,]+)\][^=]*?\s(?:copy|copy-start)\(", hlo):
-        found += sorted(map(int, shape.split(","))) == sorted(dims)
-    return found

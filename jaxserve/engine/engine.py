@@ -25,6 +25,7 @@ from jaxserve.engine.resolve import resolve_engine_config
 from jaxserve.engine.runner import Runner, RunningStep
 from jaxserve.errors import EngineDeadError
 from jaxserve.metrics import EngineMetrics
+from jaxserve.models.params import check_stacked
 from jaxserve.parallel.mesh import bytes_on_each, first_device
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
@@ -69,6 +70,7 @@ class EngineCore:
         begin = time.monotonic()
         cache = use_compilation_cache(config.compilation_cache_dir) if config.compilation_cache_dir else None
         device = first_device(params, config.tensor_parallel_size)
+        check_stacked(params, model, config.stacked_layers)
         self.model, self.config = model, config
         limits = resolve_engine_config(config, model, weight_bytes=bytes_on_each(params), device=device)
         self.limits = limits = try_attention(limits, config, model)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.compiled import CompiledSteps
@@ -31,7 +32,7 @@ class Trace:
     """What a program made of a prompt and its own continuation of it.
 
     Attributes:
-        kv: [L, m, C, K, 2H] the blocks.
+        kv: the blocks, in all layers.
         answers: int32[44] by position: the token sampled after it, whether it failed, its logprobs. Of the prompt,
             as many positions of each chunk as the program can sample for.
     """
@@ -52,7 +53,7 @@ def differing_buckets(
 
     Donates: kv, state.
     """
-    num_blocks, block_size = kv.layers[0].shape[:2]
+    num_blocks, block_size = kv.num_blocks, kv.block_shape[1]
     num_tokens = min(NUM_PROMPT + NUM_DECODED, max_model_len - 1, (num_blocks - 1) * block_size)
     needed = -(-num_tokens // block_size)
     memory, traces = (kv, state), {}
@@ -117,5 +118,5 @@ def _trace(
         else:
             answers |= {at + length - num_samples + index: columns[0, index] for index in range(num_samples)}
         at += length * num_steps
-    stored = np.stack([np.asarray(layer[blocks]) for layer in kv.layers])
+    stored = np.stack([np.asarray(layer[kv.places(jnp.asarray(blocks, jnp.int32))]) for layer in kv.layers])
     return Trace(stored, answers), (kv, state)

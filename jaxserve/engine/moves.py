@@ -57,7 +57,7 @@ def swap_in(plan: StepPlan, kv: KVCache, compiled: CompiledSteps, store: SwapSto
     """
     blocks, slots = plan.swap_in_blocks, plan.swap_in_slots
     for part, size in batches(len(blocks), compiled.scatter):
-        ids = np.full(size, kv.layers[0].shape[0], np.int32)
+        ids = np.full(size, kv.num_blocks, np.int32)
         ids[: part.stop - part.start] = blocks[part]
         kv = compiled.scatter[size](kv, store.read(slots[part], size), ids)
     return kv

@@ -34,7 +34,7 @@ from pallas_kernels.common import tpu_pool_format
 Programs = dict[str, partial[Any]]  # name -> lowering, with the arguments' shapes
 
 _WHOLE = PartitionSpec()
-_CACHE = PartitionSpec(None, None, MESH_AXIS, None)  # of each layer [P, C, K, 2H]
+_CACHE = PartitionSpec(None, None, MESH_AXIS, None)  # of each layer [P, C, K, 2H], or of all in one array
 _PAYLOAD = PartitionSpec(None, None, None, MESH_AXIS, None)  # of blocks [n, L, C, K, 2H]
 
 
@@ -93,7 +93,13 @@ class _Memory:
 
         def empty() -> tuple[KVCache, DecodeState]:
             kv = init_kv_cache(
-                model, limits.num_blocks, limits.block_size, limits.kv_dtype, as_bits=as_bits, num_devices=num_devices
+                model,
+                limits.num_blocks,
+                limits.block_size,
+                limits.kv_dtype,
+                as_bits=as_bits,
+                num_devices=num_devices,
+                stacked=limits.stacked_layers,
             )
             return kv, init_decode_state(limits.max_num_seqs, limits.max_blocks_per_row, model.vocab_size)
 
@@ -136,7 +142,7 @@ class _Memory:
 def _step_programs(params: Any, memory: _Memory, model: ModelConfig, limits: EngineLimits) -> Programs:
     programs: Programs = {}
     axis = Axis(1 if memory.mesh is None else memory.mesh.size)
-    cut = map_specs(partition_spec, decoder_specs(model, axis.size))
+    cut = map_specs(partition_spec, decoder_specs(model, axis.size, stacked=limits.stacked_layers))
     for num_tokens in reversed(limits.token_buckets):
         shape = step_shape(limits, num_tokens)
         function = partial(step, config=model, shape=shape, max_model_len=limits.max_model_len, axis=axis)
@@ -180,8 +186,7 @@ def _block_programs(memory: _Memory, limits: EngineLimits) -> Programs:
     gather = jax.jit(memory.spread(gather_blocks, (_CACHE, _WHOLE), _PAYLOAD))
     scatter = memory.jit(memory.spread(scatter_blocks, (_CACHE, _PAYLOAD, _WHOLE), _CACHE), donate=(0,))
     for size in limits.swap_buckets:
-        layer = kv.layers[0]
-        payload = memory.array((size, len(kv.layers), *layer.shape[1:]), layer.dtype, _PAYLOAD)
+        payload = memory.array((size, *kv.block_shape), kv.layers[0].dtype, _PAYLOAD)
         programs[f"gather[{size}]"] = partial(gather.lower, kv, ints(size))
         programs[f"scatter[{size}]"] = partial(scatter.lower, kv, payload, ints(size))
     return programs

@@ -11,6 +11,7 @@ import jax
 from jaxserve.config import DTYPE_BYTES, DType, EngineConfig, EngineLimits, ModelConfig
 from jaxserve.engine.attention import choose_attention
 from jaxserve.errors import ConfigError
+from jaxserve.models.params import choose_layers
 from jaxserve.parallel.rules import check_divides
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 GIB = 2**30
 KV_TILE = 128  # of 64, 64 rows at context 64 to 256 take a tenth more time, a chunk of 256 at 1,792 two fifths
 CPU_KV_BYTES = 4 * GIB  # default pool on a CPU, where "the device's memory" is everybody's
+MAX_SLOTS = 2**31 - 1  # of one array of the cache; the number past the last is padding's
 MAX_SWAP_BYTES = 64 * 2**20  # one gather to host memory: its copy stands on the device until it has arrived
 
 
@@ -50,6 +52,10 @@ def resolve_engine_config(
     max_model_len = _max_model_len(config, model)
     kv_dtype: DType = model.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
     num_blocks = _num_blocks(config, model, kv_dtype, max_num_seqs, max_tokens, max_model_len, weight_bytes, device)
+    layers = choose_layers(model, config.stacked_layers)
+    if layers.stacked:
+        _check_slots(model.num_layers, num_blocks, config.block_size)
+        logger.info("layers: stacked (%s)", layers.reason)
     max_model_len = _fit_model_len(config, max_model_len, num_blocks)
     block_bytes = num_devices * model.kv_bytes_per_token(kv_dtype, num_devices) * config.block_size  # on the host
     blocks_per_row = -(-max_model_len // config.block_size)
@@ -77,6 +83,7 @@ def resolve_engine_config(
         exact=exact,
         attention=attention.backend,
         tensor_parallel_size=num_devices,
+        stacked_layers=layers.stacked,
     )
 
 
@@ -147,6 +154,16 @@ def _num_blocks(
             f"takes {block_bytes}. Raise kv_cache_memory_bytes or gpu_memory_utilization."
         )
     return int(num_blocks)
+
+
+def _check_slots(num_layers: int, num_blocks: int, block_size: int) -> None:
+    """Whether an int32 can say where a token of any layer lies."""
+    most = MAX_SLOTS // (num_layers * block_size)
+    if num_blocks > most:
+        raise ConfigError(
+            f"{num_blocks} blocks of {block_size} tokens in {num_layers} stacked layers are more places than an int32 "
+            f"has numbers for. Set num_gpu_blocks_override to at most {most}, or stacked_layers to False."
+        )
 
 
 def _available_bytes(

@@ -106,8 +106,7 @@ class Runner:
         prepare = partial(compile_steps, params, model, limits, on_progress, cache)
         self.compiled: CompiledSteps = prepare()
         self.reset()
-        layer = self._kv.layers[0]
-        block_shape = (len(self._kv.layers), *layer.shape[1:])
+        layer, block_shape = self._kv.layers[0], self._kv.block_shape
         staging = staging_memory(next(iter(layer.devices())))
         self.store = SwapStore(limits.num_swap_blocks, block_shape, layer.dtype, verify=verify_swaps, staging=staging)
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,24 @@ from jaxserve.config import ModelConfig
 from jaxserve.layers.linear import faster_form, linear, weight_left
 from jaxserve.layers.norm import rms_norm
 from jaxserve.layers.rope import apply_rope, rope_tables
+from jaxserve.models.params import are_stacked
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 
 Params = dict[str, Any]
+
+
+class OneOf(NamedTuple):
+    """A layer's cache where one thing holds those of all layers.
+
+    Attributes:
+        caches: what holds them.
+        layer: which is meant.
+    """
+
+    caches: Any
+    layer: Int[Array, ""]
+
+
 # (the layer's window, its cache, q [T, K, G, H] already scaled, k and v [T, K, H]) -> (out [T, K, G, H], cache)
 Attend = Callable[[int | None, Any, jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
@@ -45,9 +60,12 @@ def forward(
 ) -> tuple[Float[Array, "tokens hidden"], tuple[Any, ...]]:
     """Hidden states after the final norm, and the caches as `attend` left them.
 
+    Stacked layers run in a loop, so that a program is no larger for having more of them; then all have one window.
+
     Args:
         params: the tree of `models.params.decoder_specs(config)`.
-        kv: one cache a layer, handed to `attend` and rebound.
+        kv: one cache a layer, handed to `attend` and rebound. Of stacked layers, what holds all caches: `attend` is
+            given an `OneOf` of it.
         tokens, positions: [T]; a token's position in its own sequence.
         max_model_len: what dynamic rope scaling is fixed at; the model's own maximum by default.
         axis: the devices that parameters and caches are cut over; then these are one device's parts of them, and the
@@ -67,6 +85,19 @@ def forward(
         out = _mlp(layer, rms_norm(x, layer["mlp_norm"], config.rms_norm_eps), config)
         return x + _whole(out, layer.get("down_bias"), axis), kv_layer
 
+    if are_stacked(params):
+        (caches,), (window,) = kv, set(config.layer_windows)
+
+        def run_next(
+            carry: tuple[jax.Array, Any], layer: tuple[jax.Array, Params]
+        ) -> tuple[tuple[jax.Array, Any], None]:
+            (x, caches), (index, weights) = carry, layer
+            x, (caches, _) = run_layer(x, weights, OneOf(caches, index), tables, window)
+            return (x, caches), None
+
+        stack = (jnp.arange(config.num_layers, dtype=jnp.int32), params["layers"])
+        (x, caches), _ = jax.lax.scan(run_next, (x, caches), stack)
+        return rms_norm(x, params["final_norm"], config.rms_norm_eps), (caches,)
     new_kv = []
     for layer, kv_layer, window in zip(params["layers"], kv, config.layer_windows, strict=True):
         x, kv_layer = run_layer(x, layer, kv_layer, tables, window)
@@ -108,7 +139,7 @@ def _attention(
     q = apply_rope(q.reshape(num_tokens, -1, config.head_dim), *tables).reshape(q.shape)
     k = apply_rope(k, *tables)
     out, kv_layer = attend(window, kv_layer, q * config.head_dim**-0.5, k, v)
-    return linear(out, layer["o"], num_in_axes=3), kv_layer
+    return linear(out, layer["o"], num_in_axes=layer["o"].ndim - 1), kv_layer
 
 
 def _mlp(layer: Params, x: jax.Array, config: ModelConfig) -> jax.Array:

@@ -16,18 +16,22 @@ rows that nothing reads.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from jaxserve.config import ModelConfig
+from jaxserve.errors import ConfigError
 from jaxserve.parallel.rules import check_divides
-from jaxserve.parallel.specs import ArraySpec
+from jaxserve.parallel.specs import ArraySpec, map_specs
 
 
-def decoder_specs(config: ModelConfig, num_devices: int = 1) -> dict[str, Any]:
+def decoder_specs(config: ModelConfig, num_devices: int = 1, *, stacked: bool = False) -> dict[str, Any]:
     """The tree of ArraySpec for `config`.
 
     Args:
         num_devices: that the model will be cut over; what is theirs together is what is said here.
+        stacked: "layers" is one dict, its arrays with all layers along a first axis.
 
     Returns:
         {"embed": [V, D], "layers": (one dict a layer, ...), "final_norm": [D], "lm_head": matrix}
@@ -39,10 +43,10 @@ def decoder_specs(config: ModelConfig, num_devices: int = 1) -> dict[str, Any]:
     check_divides(config, num_devices)
     c = config
     vocab = c.vocab_size + -c.vocab_size % num_devices
-    num_kv = c.num_kv_heads_over(num_devices)
+    layer = _layer_specs(c, c.num_kv_heads_over(num_devices), flat_heads=stacked)
     specs: dict[str, Any] = {
         "embed": ArraySpec((vocab, c.hidden_size), c.dtype, ("vocab", "embed")),
-        "layers": tuple(_layer_specs(c, num_kv) for _ in range(c.num_layers)),
+        "layers": _stacked(layer, c.num_layers) if stacked else (layer,) * c.num_layers,
         "final_norm": ArraySpec((c.hidden_size,), c.dtype, ("embed",), "ones"),
     }
     if not c.tied_embeddings:
@@ -50,15 +54,70 @@ def decoder_specs(config: ModelConfig, num_devices: int = 1) -> dict[str, Any]:
     return specs
 
 
-def _layer_specs(c: ModelConfig, num_kv: int) -> dict[str, ArraySpec]:
+class LayersChoice(NamedTuple):
+    """Whether layers are stacked, and why."""
+
+    stacked: bool
+    reason: str
+
+
+def choose_layers(config: ModelConfig, asked: bool | None) -> LayersChoice:
+    """Whether the layers of a model are stacked. Its loader and its engine ask the same.
+
+    Args:
+        asked: `EngineConfig.stacked_layers`.
+
+    Raises:
+        ConfigError: stacked layers were asked for, and they are not all one program.
+    """
+    if not asked:
+        return LayersChoice(False, "the default" if asked is None else "asked for")
+    if len(set(config.layer_windows)) > 1:
+        found = ", ".join("none" if w is None else str(w) for w in dict.fromkeys(config.layer_windows))
+        raise ConfigError(
+            f"stacked_layers cannot be had: the layers' attention windows differ ({found}), and those of a stack run "
+            "as one program. Set stacked_layers to False (--no-stacked-layers)."
+        )
+    return LayersChoice(True, "asked for")
+
+
+def are_stacked(params: dict[str, Any]) -> bool:
+    """Whether parameters, or their specs, are those of stacked layers."""
+    return isinstance(params["layers"], dict)
+
+
+def check_stacked(params: dict[str, Any], config: ModelConfig, asked: bool | None) -> None:
+    """Whether parameters are of the form that `choose_layers` has for an engine's.
+
+    Raises:
+        ConfigError: they are of the other one.
+    """
+    wanted = choose_layers(config, asked).stacked
+    if are_stacked(params) != wanted:
+        found = "stacked" if are_stacked(params) else "not stacked"
+        raise ConfigError(
+            f"The parameters' layers are {found} and stacked_layers={asked}. "
+            f"Load them with load_model(..., stacked_layers={wanted})."
+        )
+
+
+def _stacked(layer: dict[str, ArraySpec], num_layers: int) -> dict[str, ArraySpec]:
+    return map_specs(lambda s: replace(s, shape=(num_layers, *s.shape), axes=("layers", *s.axes)), layer)
+
+
+def _layer_specs(c: ModelConfig, num_kv: int, *, flat_heads: bool) -> dict[str, ArraySpec]:
+    """Of one layer. With `flat_heads` the heads that `o` takes are one axis: a TPU's tiles of [G, H] hold G rows where
+    eight fit, and a product in a loop does not read such a slice in place (a third of a layer's cycles on a v6e)."""
     num_groups = c.num_heads // num_kv
     heads = (num_kv, num_groups + 2, c.head_dim)
     head_axes = ("kv_heads", None, "head_dim")
-    out_heads = (num_kv, num_groups, c.head_dim)
+    outs = ((num_kv, num_groups, c.head_dim), head_axes)
+    if flat_heads:
+        outs = ((math.prod(outs[0]),), ("kv_heads",))
     specs = {
         "attn_norm": ArraySpec((c.hidden_size,), c.dtype, ("embed",), "ones"),
         "qkv": _matrix(c, (c.hidden_size,), ("embed",), heads, head_axes),
-        "o": _matrix(c, out_heads, head_axes, (c.hidden_size,), ("embed",)),
+        "o": _matrix(c, *outs, (c.hidden_size,), ("embed",)),
         "mlp_norm": ArraySpec((c.hidden_size,), c.dtype, ("embed",), "ones"),
         "gate_up": _matrix(c, (c.hidden_size,), ("embed",), (2, c.intermediate_size), (None, "ffn")),
         "down": _matrix(c, (c.intermediate_size,), ("ffn",), (c.hidden_size,), ("embed",)),

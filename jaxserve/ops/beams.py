@@ -177,7 +177,7 @@ def follow_beams(
 
     Donates: kv, state.
     """
-    num_rows, num_blocks = state.last_token.shape[0], kv.layers[0].shape[0]
+    num_rows, num_blocks = state.last_token.shape[0], kv.num_blocks
     rows, positions = packed.reshape(2, -1)
     row = jnp.minimum(rows, num_rows - 1)
     parent = state.beams.parents[row]
@@ -187,6 +187,7 @@ def follow_beams(
     source = jnp.take_along_axis(parents, col[:, None], axis=-1)[:, 0]
     target = jnp.take_along_axis(own, col[:, None], axis=-1)[:, 0]
     target = jnp.where((rows < num_rows) & (positions % block_size != 0), target, num_blocks)
+    source, target = kv.places(source), kv.places(target)
     layers = tuple(layer.at[target].set(layer[source], mode="drop") for layer in kv.layers)
     tables = state.block_tables.at[rows].set(tables, mode="drop")
     return replace(kv, layers=layers), replace(state, block_tables=tables)

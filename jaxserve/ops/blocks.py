@@ -22,7 +22,7 @@ def copy_blocks(kv: KVCache, packed: Int[Array, " packed"]) -> KVCache:
 
     Donates: kv.
     """
-    sources, targets = packed.reshape(2, -1)
+    sources, targets = (kv.places(ids) for ids in packed.reshape(2, -1))
     layers = tuple(layer.at[targets].set(layer.at[sources].get(mode="clip"), mode="drop") for layer in kv.layers)
     return replace(kv, layers=layers)
 
@@ -33,7 +33,8 @@ def gather_blocks(kv: KVCache, ids: Int[Array, " blocks"]) -> Array:
     Blocks go before layers: on the host each is one piece of memory. Layers first, the device would be 0.2 ms faster
     at 8 MB and the host's copy 1 ms slower.
     """
-    return jnp.stack([layer.at[ids].get(mode="clip") for layer in kv.layers], axis=1)
+    blocks = [layer.at[kv.places(ids)].get(mode="clip") for layer in kv.layers]
+    return blocks[0] if kv.layers_per_array > 1 else jnp.stack(blocks, axis=1)
 
 
 def scatter_blocks(kv: KVCache, payload: Array, ids: Int[Array, " blocks"]) -> KVCache:
@@ -45,5 +46,8 @@ def scatter_blocks(kv: KVCache, payload: Array, ids: Int[Array, " blocks"]) -> K
 
     Donates: kv.
     """
-    layers = tuple(layer.at[ids].set(payload[:, i], mode="drop") for i, layer in enumerate(kv.layers))
+    parts = [payload] if kv.layers_per_array > 1 else [payload[:, i] for i in range(len(kv.layers))]
+    layers = tuple(
+        layer.at[kv.places(ids)].set(part, mode="drop") for layer, part in zip(kv.layers, parts, strict=True)
+    )
     return replace(kv, layers=layers)

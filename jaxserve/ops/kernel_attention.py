@@ -54,11 +54,26 @@ def kernel_write(
     v: Float[Array, "tokens kv_heads head_dim"],
     slots: Int[Array, " tokens"],
     shape: StepShape,
+    *,
+    first_block: Array | int = 0,
+    num_blocks: int | None = None,
 ) -> Array:
-    """What `write_kv` does: the cache [P, C, K, 2H] with each token's key and value at its slot."""
+    """What `write_kv` does: the cache [P, C, K, 2H] with each token's key and value at its slot.
+
+    Args:
+        first_block, num_blocks: of the layer, where the cache holds several; slots count from its first on.
+    """
     assert shape.attention != "xla"
-    k, v = k.astype(cache.dtype), v.astype(cache.dtype)
-    return kv_write(cache, k, v, slots, backend=shape.attention, interpret=shape.interpret_kernels)
+    return kv_write(
+        cache,
+        k.astype(cache.dtype),
+        v.astype(cache.dtype),
+        slots,
+        first_block=first_block,
+        num_blocks=num_blocks,
+        backend=shape.attention,
+        interpret=shape.interpret_kernels,
+    )
 
 
 def kernel_attention(

@@ -54,16 +54,26 @@ def write_kv(
     v: Float[Array, "tokens kv_heads head_dim"],
     slots: Int[Array, " tokens"],
     dtype: str,
+    *,
+    first_block: Array | int = 0,
+    num_blocks: int | None = None,
 ) -> Array:
     """The cache [P, C, K, 2H] with each token's key and value at its slot (block * C + offset).
 
     A slot past the end drops its token (padding).
+
+    Args:
+        first_block, num_blocks: of the layer, where the cache holds several; slots count from its first on, and past
+            its last is past the end.
     """
-    num_blocks, block_size, *heads = cache.shape
+    num_all, block_size, *heads = cache.shape
+    if num_blocks is not None:
+        is_written = slots < num_blocks * block_size
+        slots = jnp.where(is_written, slots + first_block * block_size, num_all * block_size)
     kv = jnp.concatenate([k, v], axis=-1).astype(dtype)
     if cache.dtype == jnp.uint16:
         kv = jax.lax.bitcast_convert_type(kv, jnp.uint16)
-    flat = cache.reshape(num_blocks * block_size, *heads)
+    flat = cache.reshape(num_all * block_size, *heads)
     return flat.at[slots].set(kv, mode="drop", unique_indices=False).reshape(cache.shape)
 
 

@@ -28,6 +28,8 @@ def kv_write(
     v: jax.Array,
     slots: jax.Array,
     *,
+    first_block: jax.Array | int = 0,
+    num_blocks: int | None = None,
     k_scale: jax.Array | float | None = None,
     v_scale: jax.Array | float | None = None,
     tiles: Any = None,
@@ -40,6 +42,9 @@ def kv_write(
         cache: [P, C, K, 2H] blocks, a key beside its value.
         k, v: [T, K, H] of the step's tokens.
         slots: i32[T] block * C + offset. A slot below 0 or from P * C on drops its token; no other occurs twice.
+        first_block, num_blocks: of the part of the pool that slots count in and tokens go to, such as one layer's where
+            a pool holds several. What depends on the slots alone is then the same for each part: in a loop over them a
+            compiler computes it once.
         k_scale, v_scale: what the stored keys and values of an fp8 pool are multiplied by when read.
         tiles: the backend's `Tiles`; None chooses by `tuning`. They do not change what is written.
         backend: "tpu", "gpu" or "reference".
@@ -62,14 +67,19 @@ def kv_write(
     require(slots.size >= 1, "slots is empty: one token at least")
     check_ints("slots", slots, (slots.size,))
     rows = pack_rows(k, v, cache.dtype, k_scale, v_scale)
+    first_slot = first_block * pool.block_size
+    num_slots = (pool.num_blocks if num_blocks is None else num_blocks) * pool.block_size
+    if backend == "tpu":
+        from pallas_kernels.kv_write.kernel_tpu import kv_write_tpu
+
+        return kv_write_tpu(cache, rows, slots, first_slot, num_slots, tiles=tiles, interpret=interpret)
+    if num_blocks is not None:
+        is_inside = (slots >= 0) & (slots < num_slots)
+        slots = jnp.where(is_inside, slots + first_slot, pool.num_blocks * pool.block_size)
     if backend == "reference":
         from pallas_kernels.kv_write.ref import kv_write_reference
 
         return kv_write_reference(cache, rows, slots)
-    if backend == "tpu":
-        from pallas_kernels.kv_write.kernel_tpu import kv_write_tpu
-
-        return kv_write_tpu(cache, rows, slots, tiles=tiles, interpret=interpret)
     from pallas_kernels.kv_write.kernel_gpu import kv_write_gpu
 
     return kv_write_gpu(cache, rows, slots, tiles=tiles, interpret=interpret)

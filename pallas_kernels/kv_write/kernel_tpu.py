@@ -24,16 +24,24 @@ _GROUP = 8
 
 
 def kv_write_tpu(
-    cache: jax.Array, rows: jax.Array, slots: jax.Array, *, tiles: Tiles | None = None, interpret: Interpret = False
+    cache: jax.Array,
+    rows: jax.Array,
+    slots: jax.Array,
+    first_slot: jax.Array | int,
+    num_slots: int,
+    *,
+    tiles: Tiles | None = None,
+    interpret: Interpret = False,
 ) -> jax.Array:
-    """`api.kv_write` of rows [T, K, 2H] as `pack_rows` made them."""
+    """`api.kv_write` of rows [T, K, 2H] as `pack_rows` made them, to the slots from `first_slot` on."""
     tiles = Tiles() if tiles is None else tiles
     num_blocks, block_size, num_kv_heads, width = cache.shape
     padding = -slots.size % tiles.token_tile
     slots = jnp.pad(slots, (0, padding), constant_values=-1)
     # float32 holds what the pool holds, and is what rotates
     rows = jnp.pad(jnp.swapaxes(rows, 0, 1).astype(jnp.float32), ((0, 0), (0, padding), (0, 0)))
-    lengths = run_lengths(slots, num_blocks * block_size, tiles.token_tile)
+    lengths = run_lengths(slots, num_slots, tiles.token_tile)
+    runs = _runs_of_tiles(slots, lengths, tiles.token_tile)
     num_tiles = slots.size // tiles.token_tile
     out = pl.pallas_call(
         partial(_kernel, block_size=block_size),
@@ -57,7 +65,7 @@ def kv_write_tpu(
         ),
         interpret=tpu_interpret(interpret),
         name="kv_write",
-    )(slots, lengths, *_runs_of_tiles(slots, lengths, tiles.token_tile), rows, by_head(cache))
+    )(slots + first_slot, lengths, *runs, rows, by_head(cache))
     return by_head(out)
 
 

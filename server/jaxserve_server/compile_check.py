@@ -104,6 +104,7 @@ def report(check: CompileCheck, topology: str) -> str:
         f"devices        {check.num_devices} of the {check.num_in_topology} of {topology} ({check.device_kind}), "
         f"{check.hbm_bytes / GIB:.2f} GiB usable on each",
         f"attention      {limits.attention}",
+        *(["layers         stacked, in one loop"] if limits.stacked_layers else []),
         f"weights        {check.weight_bytes / GIB:.2f} GiB a device",
         f"KV cache       {check.kv_bytes / GIB:.2f} GiB a device: {limits.num_kv_tokens:,} tokens",
         f"concurrency    {limits.max_concurrency:.1f} requests of {limits.max_model_len:,} tokens at once, "

@@ -29,7 +29,13 @@ def read_weights(start: Start) -> LoadedModel:
         ConfigError: it cannot be served as asked.
     """
     mesh = mesh_for(start.engine.tensor_parallel_size)
-    model = load_model(start.model, dtype=start.dtype, mesh=mesh, revision=start.revision)
+    model = load_model(
+        start.model,
+        dtype=start.dtype,
+        mesh=mesh,
+        revision=start.revision,
+        stacked_layers=start.engine.stacked_layers,
+    )
     log_weights(bytes_on_each(model.params), model.seconds, start.engine.tensor_parallel_size)
     return model
 
@@ -64,7 +70,7 @@ def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:
     """
     device = jax.devices()[0]
     numerics = f"{model.config.dtype} {limits.kv_dtype} {limits.max_model_len} {limits.kv_tile} {limits.q_tile}"
-    numerics += f" over {limits.tensor_parallel_size}"
+    numerics += f" over {limits.tensor_parallel_size}" + " stacked" * limits.stacked_layers
     if not limits.exact:
         numerics += f" {limits}"
     facts = f"{model.version} {numerics} {device.platform} {device.device_kind} {version('jaxlib')}"

@@ -136,6 +136,11 @@ def add_engine_flags(parser: Parser) -> None:
     add("--num-gpu-blocks-override", type=positive, metavar="N", help="number of KV blocks, whatever the memory")
     add("--kv-cache-dtype", choices=KV_DTYPES, help="of the KV cache (auto: the model's)")
     add("--attention-backend", choices=ATTENTION, help="auto (Pallas kernels where they are right), pallas or xla")
+    add(
+        "--stacked-layers",
+        action=argparse.BooleanOptionalAction,
+        help="one loop runs all layers: deep models compile fast (off)",
+    )
     add("--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="keep the KV of past requests (on)")
     add("--swap-space", type=gibibytes, metavar="GIB", help="host memory for preempted KV (4); 0: compute it again")
     add("--seed", type=whole_number, metavar="N", help="draws the seeds of requests that bring none (0)")

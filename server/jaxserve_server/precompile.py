@@ -57,7 +57,13 @@ def fill(options: Options) -> tuple[Mapping[str, float], int]:
     from jaxserve_checkpoints.load import load_model
 
     mesh = mesh_for(options.engine.tensor_parallel_size)
-    model = load_model(options.model, dtype=options.dtype, mesh=mesh, revision=options.revision)
+    model = load_model(
+        options.model,
+        dtype=options.dtype,
+        mesh=mesh,
+        revision=options.revision,
+        stacked_layers=options.engine.stacked_layers,
+    )
     core = EngineCore(model.config, model.params, options.engine, on_progress=show)
     compiled = core.runner.compiled
     return compiled.compile_s, compiled.num_loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from jaxserve.models.params import decoder_specs
 from jaxserve.parallel.specs import is_spec
 from jaxserve_checkpoints.convert import convert
 from jaxserve_checkpoints.load import aligned_empty, load_model
+from jaxserve_checkpoints.stacking import LayerStacks
 
 KINDS = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 Folder = Callable[[str], Path]
@@ -76,6 +78,62 @@ def test_a_sharded_index_gives_what_one_file_gives(tiny: ModuleType, tiny_folder
     assert len(list(sharded.folder.glob("*.safetensors"))) == 2
     single = load_model(rewrite(tiny, tmp_path, "llama31"))
     jax.tree.map(np.testing.assert_array_equal, sharded.params, single.params)
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3"])
+def test_stacked_layers_hold_what_each_layer_holds(family: str, tiny_folder: Folder, tmp_path: Path) -> None:
+    """From both kinds of files."""
+    convert(tiny_folder(family), tmp_path / "out", dtype="bfloat16")
+    for source in (tiny_folder(family), tmp_path / "out"):
+        apart = load_model(source, dtype="bfloat16")
+        stacked = load_model(source, dtype="bfloat16", stacked_layers=True)
+        assert (stacked.version, stacked.num_bytes) == (apart.version, apart.num_bytes)
+        specs = decoder_specs(apart.config, stacked=True)
+        assert jax.tree.map(lambda array: (array.shape, array.committed), stacked.params) == jax.tree.map(
+            lambda spec: (spec.shape, True), specs, is_leaf=is_spec
+        )
+        for name, array in stacked.params["layers"].items():
+            layers = b"".join(np.asarray(layer[name]).tobytes() for layer in apart.params["layers"])
+            assert np.asarray(array).tobytes() == layers, name
+        for name in apart.params.keys() - {"layers"}:
+            np.testing.assert_array_equal(stacked.params[name], apart.params[name])
+
+
+@pytest.mark.parametrize("kind", ["huggingface", "converted"])
+def test_stacking_holds_a_few_arrays_beside_the_model(
+    kind: str, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the layers and their stack."""
+    config = tiny.FAMILIES["llama2"] | {"num_hidden_layers": 12, "vocab_size": 40}
+    drawn = {name: tiny.draw(np.random.PCG64(1), dims, 0.0, 1.0) for name, dims, _, _ in tiny.tensor_specs(config)}
+    folder = rewrite(tiny, tmp_path / "model", "llama2", drawn, **config)
+    if kind == "converted":
+        convert(folder, tmp_path / "out")
+        folder = tmp_path / "out"
+    held: list[int] = []
+    put = LayerStacks.put
+
+    def counted(*args: Any) -> None:
+        held.append(sum(array.nbytes for array in jax.live_arrays()))
+        put(*args)
+
+    monkeypatch.setattr(LayerStacks, "put", counted)
+    gc.collect()
+    before = sum(array.nbytes for array in jax.live_arrays())
+    model = load_model(folder, stacked_layers=True)
+    layer = sum(array[0].nbytes for array in model.params["layers"].values())
+    assert len(held) == 12 * len(model.params["layers"])
+    assert max(held) - before <= model.num_bytes + 2 * layer
+    assert 12 * layer > model.num_bytes / 2
+
+
+def test_layers_with_different_windows_are_not_stacked(tiny: ModuleType, tmp_path: Path) -> None:
+    """Refused before a weight is looked for."""
+    mixed = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    folder = rewrite(tiny, tmp_path, "qwen2", **mixed)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match=r"attention windows differ \(none, 8\)"):
+        load_model(folder, stacked_layers=True)
 
 
 def test_tensors_are_those_that_the_safetensors_library_reads(tiny_folder: Folder, unfuse: Unfuse) -> None:

@@ -26,12 +26,21 @@ def content(request: Any) -> np.ndarray:
     return made
 
 
-def cache_of(content: np.ndarray) -> KVCache:
-    return KVCache(layers=tuple(jnp.array(layer) for layer in content), dtype="bfloat16")
+@pytest.fixture(params=[1, LAYERS], ids=["an array a layer", "stacked"])
+def cache_of(request: Any) -> Callable[[np.ndarray], KVCache]:
+    """The cache with that content, its layers in as many arrays or all in one."""
+
+    def make(content: np.ndarray) -> KVCache:
+        arrays = content.reshape(-1, request.param * content.shape[1], *SHAPE)
+        layers = tuple(jnp.array(array) for array in arrays)
+        return KVCache(layers=layers, dtype="bfloat16", layers_per_array=request.param)
+
+    return make
 
 
 def same_bits(kv: KVCache, want: np.ndarray) -> bool:
-    return all(np.asarray(got).tobytes() == layer.tobytes() for got, layer in zip(kv.layers, want, strict=True))
+    assert (kv.num_blocks, kv.block_shape) == (BLOCKS, (LAYERS, *SHAPE))
+    return b"".join(np.asarray(got).tobytes() for got in kv.layers) == want.tobytes()
 
 
 @pytest.mark.parametrize(
@@ -44,7 +53,7 @@ def same_bits(kv: KVCache, want: np.ndarray) -> bool:
     ],
     ids=str,
 )
-def test_copies_read_everything_first(content: np.ndarray, pairs: list[tuple[int, int]]) -> None:
+def test_copies_read_everything_first(content: np.ndarray, cache_of: Callable, pairs: list[tuple[int, int]]) -> None:
     padded = np.array(pairs + [(0, 0)] * (4 - len(pairs)), np.int32).T
     want = content.copy()
     for source, target in pairs:
@@ -53,14 +62,14 @@ def test_copies_read_everything_first(content: np.ndarray, pairs: list[tuple[int
     assert same_bits(kv, want)
 
 
-def test_gathered_blocks_come_block_by_block(content: np.ndarray) -> None:
+def test_gathered_blocks_come_block_by_block(content: np.ndarray, cache_of: Callable) -> None:
     ids = np.array([6, 2, 8, 0], np.int32)
     payload = np.asarray(jax.jit(gather_blocks)(cache_of(content), ids))
     assert payload.shape == (4, LAYERS, *SHAPE)
     assert payload.tobytes() == content[:, ids].swapaxes(0, 1).tobytes()
 
 
-def test_scattered_blocks_lie_where_they_should_and_padding_nowhere(content: np.ndarray) -> None:
+def test_scattered_blocks_lie_where_they_should_and_padding_nowhere(content: np.ndarray, cache_of: Callable) -> None:
     payload = np.random.default_rng(1).integers(1, 99, (4, LAYERS, *SHAPE)).astype(content.dtype)
     ids = np.array([5, 1, BLOCKS, BLOCKS], np.int32)
     kv = jax.jit(scatter_blocks, donate_argnums=0)(cache_of(content), payload, ids)
@@ -69,7 +78,9 @@ def test_scattered_blocks_lie_where_they_should_and_padding_nowhere(content: np.
     assert same_bits(kv, want)
 
 
-def test_a_cache_that_is_donated_right_after_a_gather_is_read_before_it_is_written(content: np.ndarray) -> None:
+def test_a_cache_that_is_donated_right_after_a_gather_is_read_before_it_is_written(
+    content: np.ndarray, cache_of: Callable
+) -> None:
     """A swap is begun and the step dispatched at once, without waiting for the gather."""
     gather: Callable = jax.jit(gather_blocks)
     copy: Callable = jax.jit(copy_blocks, donate_argnums=0)

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, accelerator_checks, accelerator_jobs
+from benchmarks import accelerator, accelerator_checks, accelerator_jobs, accelerator_steps
 from benchmarks.accelerator_cases import Heads, Stream, error_over_bound, make_case, random_streams
 from benchmarks.accelerator_checks import ATTENTION, KERNELS, Target, attention_name, check_attention, copies_of
 from benchmarks.accelerator_jobs import Job, Sink, fact_of_heads, run_job, without_command_buffers
 from benchmarks.accelerator_models import MODELS, Roofline
-from benchmarks.accelerator_plan import SMALL_PLAN, Plan
+from benchmarks.accelerator_plan import SMALL_PLAN, Plan, settings_of_the_engine
 from benchmarks.accelerator_steps import chunk_step, decode_step, packed_field
 from benchmarks.accelerator_timing import random_values, time_calls
 from benchmarks.accelerator_tune import tile_choices
@@ -169,7 +170,8 @@ def a_run(monkeypatch: pytest.MonkeyPatch, *flags: str, **facts: Any) -> acceler
 
 
 def test_steps_do_without_a_kernel_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {accelerator.BACKEND: ("xla", "pallas")}
+    settings = {accelerator.BACKEND: ("xla", "pallas"), "stacked_layers": (False, True)}
+    assert settings_of_the_engine() == settings
     monkeypatch.setattr(accelerator, "settings_of_the_engine", lambda: settings)
     right = {fact_of_heads(128, 4): True, fact_of_heads(64, 4): True}  # not those of 0.6B
     run = a_run(monkeypatch, **right)
@@ -182,6 +184,8 @@ def test_steps_do_without_a_kernel_that_failed(monkeypatch: pytest.MonkeyPatch) 
     )
     assert "steps of 1B, attention_backend=pallas" in jobs
     assert "steps of 0.6B, attention_backend=pallas" not in jobs
+    assert jobs["steps of 0.6B, stacked_layers=True"] == {accelerator.BACKEND: "xla", "stacked_layers": True}
+    assert jobs["steps of 8B, stacked_layers=False"] == {"stacked_layers": False}
     assert "0.6B" in run.report.notes[0]
     unasked = a_run(monkeypatch, "--parts", "steps")
     assert next(iter(unasked._steps())).options["settings"] == {}
@@ -287,6 +291,18 @@ def test_rooflines_are_those_of_the_known_sizes() -> None:
     assert roofline.prefill_s(8192) == pytest.approx(167e-3, rel=0.01)
     small = Roofline(MODELS["0.6B"], 4.3e12, 790e12)
     assert 2 * (small.body + small.head) == pytest.approx(1.19e9, rel=0.01)
+
+
+def test_steps_of_stacked_layers_are_timed_as_well() -> None:
+    """Of the tiny model: real programs, real steps."""
+    sink = Sink(budget_s=600)
+    plan = asdict(replace(SMALL_PLAN, prompt=0, loops=()))
+    options = {"plan": plan, "ceilings": {"copy_bytes_s": 1e9, "flops_s": 1e9}, "seed": 3, "has_targets": False}
+    settings = {"stacked_layers": True, "attention_backend": "xla"}
+    accelerator_steps.run(sink, model="tiny", said="stacked", settings=settings, **options)
+    rows = {row[0]: row[1] for row in sink.outcome.rows}
+    assert rows["tiny, stacked: decode step, batch 1: time"] > 0
+    assert [value for name, value in rows.items() if "cache copies" in name] == [0]
 
 
 def test_steps_are_packed_for_the_rows_they_name() -> None:

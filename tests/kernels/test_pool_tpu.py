@@ -68,6 +68,23 @@ def test_kv_write(write: Any, dtype: str):
         assert_same_bits(run_checked(write, cache, k, v, slots, **scales), expected)
 
 
+@pytest.mark.parametrize("backend", ["tpu", "reference"])
+def test_kv_write_to_one_layer_of_a_pool_that_holds_three(backend: str):
+    """Slots that are padding in a layer's part are no slots of the next one."""
+    rng = np.random.default_rng(9)
+    cache = pool_of(rng, "bfloat16")
+    k, v = (jnp.asarray(rng.standard_normal((37, 2, 64), dtype=np.float32)).astype("bfloat16") for _ in range(2))
+    slots = jnp.asarray(np.append(rng.permutation(4 * 16)[:34], [4 * 16, -1, 7 * 16]), jnp.int32)
+    alone = kv_write(cache[4:8], k, v, slots, backend="reference")
+    if backend == "tpu":
+        tiles = Tiles(token_tile=16)
+        call = jax.jit(partial(kv_write, backend="tpu", tiles=tiles, interpret=CHECKED, num_blocks=4))
+        found = run_checked(call, cache, k, v, slots, first_block=jnp.int32(4))
+    else:
+        found = kv_write(cache, k, v, slots, first_block=4, num_blocks=4, backend="reference")
+    assert_same_bits(found, jnp.concatenate([cache[:4], alone, cache[8:]]))
+
+
 def test_runs_are_cut_at_groups_tiles_and_gaps():
     slots = [
         8,
