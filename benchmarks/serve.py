@@ -25,6 +25,7 @@ import time
 import urllib.request
 from contextlib import nullcontext
 
+import jax
 import numpy as np
 import uvloop
 
@@ -34,6 +35,7 @@ from benchmarks.running_server import running_server
 from benchmarks.stream_client import StreamClient, StreamResult
 from benchmarks.workload import SAMPLE_TEXT, RequestSet, Workload
 from jaxserve.config import EngineConfig
+from jaxserve.engine.resolve import default_token_budget
 from jaxserve_server.flags import parse_options
 
 TTFT_OBJECTIVE_S = 0.200
@@ -71,11 +73,14 @@ async def closed_loop(client: StreamClient, prompts: list[list[int]], num_stream
 
 
 def offline_command(model: str, flags: list[str]) -> list[str]:
-    """`LLM` in a process of its own, with what the server's flags say of the engine."""
+    """`LLM` in a process of its own, with what the server's flags say of the engine, and its steps no larger."""
     options = parse_options([model, *flags])
     default = EngineConfig()
     config = {f.name: getattr(options.engine, f.name) for f in dataclasses.fields(EngineConfig)}
     changed = {name: value for name, value in config.items() if value != getattr(default, name)}
+    on_cpu = jax.default_backend() == "cpu"
+    budget = max(default_token_budget(options.engine, on_cpu=on_cpu), options.engine.max_num_seqs or 0)
+    changed.setdefault("max_num_batched_tokens", budget)
     return our_command(options.model, options.dtype, changed, rehearses=True)  # the server has answered before, too
 
 

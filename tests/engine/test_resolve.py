@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import stat
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,13 @@ def test_buckets_are_few_and_meet_both_bounds(
     max_tokens: int, max_seqs: int, smallest: int, buckets: tuple[int, ...]
 ) -> None:
     assert token_buckets(max_tokens, max_seqs, smallest) == buckets
+
+
+def test_steps_are_larger_where_nobody_reads_before_the_end(model: ModelConfig) -> None:
+    assert resolve(model).max_num_batched_tokens == 256
+    assert resolve(model, stream_interval_ms=math.inf).max_num_batched_tokens == 1024
+    assert resolve(model, stream_interval_ms=math.inf, max_num_batched_tokens=300).max_num_batched_tokens == 300
+    assert resolve(model, max_num_seqs=300).max_num_batched_tokens == 300
 
 
 @pytest.mark.parametrize(("dtype", "smallest"), [("float32", 1), ("bfloat16", 2), ("float16", 2)])
