@@ -114,8 +114,8 @@ class EngineConfig:
         max_model_len: longest prompt + output, tokens.
         block_size: tokens a KV block.
         max_num_seqs: rows of the running batch.
-        max_num_batched_tokens: tokens a step, decode and prefill together; longer prompts are chunked. By default 2,048;
-            on a CPU 256 for a server and 1,024 for `LLM`.
+        max_num_batched_tokens: tokens a step, decode and prefill together; longer prompts are chunked. By default
+            2,048; on a CPU 256 for a server and 1,024 for `LLM`.
         tensor_parallel_size: devices that the model is cut over. The parameters must lie on a mesh of so many
             (`load_model(mesh=make_mesh(n))`). Bytes of memory are those of each device.
         max_num_queued_reqs: bound of the waiting queue; past it requests are refused with 503.

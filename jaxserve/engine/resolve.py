@@ -91,8 +91,8 @@ def resolve_engine_config(
 def default_token_budget(config: EngineConfig, *, on_cpu: bool) -> int:
     """Tokens a step where `config` does not say.
 
-    On a CPU 1,024 where nobody reads before the end: 64 requests then take 12 to 17 % less time than in steps of 256, long
-    prompts 5 to 11 (SmolLM2-135M's shape, the demo). Who reads along would wait for such a step four times as long.
+    On a CPU 1,024 where nobody reads before the end: 64 requests then take 12 to 17 % less time than in steps of 256,
+    long prompts 5 to 11 (SmolLM2-135M's shape, the demo). Who reads along would wait for it four times as long.
     """
     if not on_cpu:
         return 2048
