@@ -188,10 +188,16 @@ def test_a_python_without_torch_is_refused() -> None:
         peers.peer_commands(sys.executable, Path("model"), "float32", [16])
 
 
-def test_offline_gets_the_server_s_flags() -> None:
-    command = serve.offline_command("demo", ["--max-num-seqs", "7", "--dtype", "float32", "--no-enable-prefix-caching"])
-    changed = {"max_num_seqs": 7, "enable_prefix_caching": False}
-    assert command == our_command("demo", "float32", changed, rehearses=True)
+@pytest.mark.parametrize(
+    ("flags", "budget"), [([], 256), (["--max-num-batched-tokens", "99"], 99), (["--max-num-seqs", "300"], 300)]
+)
+def test_offline_gets_the_server_s_flags_and_steps(flags: list[str], budget: int) -> None:
+    always = ["--max-num-seqs", "7", "--dtype", "float32", "--no-enable-prefix-caching"]
+    command = serve.offline_command("demo", [*always, *flags])
+    rows = int(flags[1]) if "--max-num-seqs" in flags else 7
+    config = json.loads(command[command.index("--config") + 1])
+    assert config == {"max_num_seqs": rows, "enable_prefix_caching": False, "max_num_batched_tokens": budget}
+    assert command == our_command("demo", "float32", config, rehearses=True)
 
 
 def test_served_over_offline_is_a_ratio_of_rounds(
