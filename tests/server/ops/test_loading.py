@@ -35,7 +35,14 @@ class QuickEngine:
 
     limits = SimpleNamespace(
         **{"num_kv_tokens": 64, "max_model_len": 64, "max_concurrency": 1.0, "num_swap_blocks": 0, "num_blocks": 5},
-        **{"kv_dtype": "bfloat16", "kv_tile": 64, "q_tile": 64, "exact": True, "tensor_parallel_size": 1},
+        **{
+            "kv_dtype": "bfloat16",
+            "kv_tile": 64,
+            "q_tile": 64,
+            "exact": True,
+            "tensor_parallel_size": 1,
+            "stacked_layers": False,
+        },
     )
     kv_bytes, init_s = 1024, 0.5
 
