@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-Backend = Literal["tpu", "gpu", "reference"]
+Backend = Literal["tpu", "gpu", "cpu", "reference"]
 # False: compile. True: the backend's interpreter with its defaults. Else the backend's own parameters
 # (`pltpu.InterpretParams`, `plgpu.InterpretGPUParams`), for race detection.
 Interpret = Any
@@ -20,6 +20,7 @@ HEAD_DIMS = (64, 128, 256)
 MAX_QUERIES_PER_KV_HEAD = 16
 FLOAT_DTYPES = ("bfloat16", "float32")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
+MAX_CPU_HEAD_DIM = 512  # kernel_cpu.h's kMaxHeadDim
 
 
 class PoolShape(NamedTuple):
@@ -44,14 +45,16 @@ def require(holds: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def check_backend(backend: str) -> None:
-    """Raises ValueError for a backend that no kernel has."""
-    names = get_args(Backend)
+def check_backend(backend: str, *, has_cpu: bool = False) -> None:
+    """Raises ValueError for a backend that a kernel does not have."""
+    names = [name for name in get_args(Backend) if has_cpu or name != "cpu"]
     require(backend in names, f"backend is {backend!r}: it must be one of {', '.join(names)}")
 
 
-def uncovered_pool(block_size: int, head_dim: int, kv_dtype: Any) -> str | None:
+def uncovered_pool(block_size: int, head_dim: int, kv_dtype: Any, backend: Backend = "reference") -> str | None:
     """Why the kernels cannot work on such a pool, as a sentence; None if they can."""
+    if backend == "cpu":
+        return _uncovered_on_cpu(head_dim, kv_dtype)
     if block_size not in BLOCK_SIZES:
         return f"block_size is {block_size}: the kernels have {_listed(BLOCK_SIZES)}"
     if head_dim not in HEAD_DIMS:
@@ -62,7 +65,21 @@ def uncovered_pool(block_size: int, head_dim: int, kv_dtype: Any) -> str | None:
     return None
 
 
-def check_pool(cache: jax.Array) -> PoolShape:
+def _uncovered_on_cpu(head_dim: int, kv_dtype: Any) -> str | None:
+    """As `uncovered_pool`; blocks of any size will do."""
+    if name_of_dtype(kv_dtype) not in FLOAT_DTYPES:
+        return f"the cache holds {name_of_dtype(kv_dtype)}: the CPU's kernels have {_listed(FLOAT_DTYPES)}"
+    if head_dim % 2 or head_dim > MAX_CPU_HEAD_DIM:
+        return f"head_dim is {head_dim}: the CPU's kernels have even ones up to {MAX_CPU_HEAD_DIM}"
+    return None
+
+
+def held_dtype(cache: jax.Array, backend: Backend) -> jnp.dtype:
+    """Of a pool's numbers. On a CPU uint16 holds the bits of bfloat16: XLA:CPU scatters those without converting."""
+    return jnp.dtype(jnp.bfloat16) if backend == "cpu" and cache.dtype == jnp.uint16 else cache.dtype
+
+
+def check_pool(cache: jax.Array, backend: Backend = "reference") -> PoolShape:
     """The sizes of a pool.
 
     Raises:
@@ -74,7 +91,7 @@ def check_pool(cache: jax.Array) -> PoolShape:
     require(num_kv_heads >= 1, f"cache has shape {cache.shape}: one kv head at least")
     require(width % 2 == 0, f"cache's last axis is {width}: it must be even, a key and a value side by side")
     shape = PoolShape(num_blocks, block_size, num_kv_heads, width // 2)
-    reason = uncovered_pool(block_size, shape.head_dim, cache.dtype)
+    reason = uncovered_pool(block_size, shape.head_dim, held_dtype(cache, backend), backend)
     require(reason is None, str(reason))
     return shape
 

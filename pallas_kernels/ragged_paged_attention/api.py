@@ -17,11 +17,14 @@ from pallas_kernels.common import (
     check_ints,
     check_pool,
     check_scales,
+    held_dtype,
     is_fp8,
     name_of_dtype,
     require,
     uncovered_pool,
 )
+from pallas_kernels.ragged_paged_attention.kernel_cpu import attention_cpu
+from pallas_kernels.ragged_paged_attention.ref import attention_reference
 
 
 def ragged_paged_attention(
@@ -50,7 +53,7 @@ def ragged_paged_attention(
 
     Args:
         q: [T, N, H] queries, one sequence after another. Of the N = K * G heads, head n reads kv head n // G.
-        cache: [P, C, K, 2H] blocks, a key beside its value. Holds this step's tokens already.
+        cache: [P, C, K, 2H] blocks, a key beside its value, this step's as well. On a CPU uint16 are bfloat16's bits.
         block_tables: i32[S, M] blocks of each sequence, in the stream's order, padded with 0 (any id is safe).
         seq_lens: i32[S] keys of each sequence. Its last query stands at position seq_len - 1.
         cu_q_lens: i32[S + 1] where in the stream each sequence's queries begin, and, after the last, where it ends.
@@ -62,9 +65,9 @@ def ragged_paged_attention(
         sinks: f32[N] a score per head that takes part in the sum of the softmax and has no value (gpt-oss;
             arXiv:2309.17453 §3.2).
         k_scale, v_scale: what the stored keys and values of an fp8 pool are multiplied by.
-        tiles: the backend's `Tiles`; None chooses by `tuning`. They decide the order of sums, so the bits.
-        backend: "tpu", "gpu" or "reference".
-        interpret: run the kernel in the backend's interpreter, on a CPU.
+        tiles: the backend's `Tiles`; None chooses by `tuning`. They decide the order of sums, so the bits. CPU: none.
+        backend: "tpu", "gpu", "cpu" (after `native.build.load_kernels`) or "reference".
+        interpret: run the kernel of a TPU or GPU in its interpreter, on a CPU.
 
     Returns:
         [T, N, H] of q's dtype; zeros past the last sequence's last query.
@@ -76,16 +79,16 @@ def ragged_paged_attention(
     Source: FlashAttention-2 (arXiv:2307.08691 §3.1), Flash-Decoding's split over keys, PagedAttention
         (arXiv:2309.06180 §4.1); one ragged call for both kinds of sequence: arXiv:2604.15464.
     """
-    check_backend(backend)
-    _check_arrays(q, cache, block_tables, seq_lens, cu_q_lens, num_seqs, num_decode)
+    check_backend(backend, has_cpu=True)
+    _check_arrays(q, cache, block_tables, seq_lens, cu_q_lens, num_seqs, num_decode, backend)
     check_scales(cache, k_scale, v_scale)
     _check_options(q, scale, window, softcap, sinks)
     arguments = (q, cache, block_tables, seq_lens, cu_q_lens, num_seqs, num_decode)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    if backend == "cpu":
+        return attention_cpu(*arguments, **options)
     options |= {"k_scale": k_scale, "v_scale": v_scale}
     if backend == "reference":
-        from pallas_kernels.ragged_paged_attention.ref import attention_reference
-
         return attention_reference(*arguments, **options)
     if backend == "tpu":
         from pallas_kernels.ragged_paged_attention.kernel_tpu import attention_tpu
@@ -122,12 +125,12 @@ def uncovered(
         reason = tables_past_scalar_memory(*table_shape)
         if reason is not None:
             return reason
-    reason = uncovered_pool(block_size, head_dim, kv_dtype)
+    reason = uncovered_pool(block_size, head_dim, kv_dtype, backend)
     if reason is not None:
         return reason
     if num_heads % num_kv_heads:
         return f"{num_heads} query heads over {num_kv_heads} kv heads: the first must be a multiple of the second"
-    if num_heads // num_kv_heads > MAX_QUERIES_PER_KV_HEAD:
+    if backend != "cpu" and num_heads // num_kv_heads > MAX_QUERIES_PER_KV_HEAD:
         found = num_heads // num_kv_heads
         return f"{found} query heads share a kv head: the kernels have at most {MAX_QUERIES_PER_KV_HEAD}"
     if name_of_dtype(dtype) not in FLOAT_DTYPES:
@@ -146,9 +149,10 @@ def _check_arrays(
     cu_q_lens: jax.Array,
     num_seqs: jax.Array,
     num_decode: jax.Array,
+    backend: Backend,
 ) -> None:
     require(q.ndim == 3, f"q has shape {q.shape}: it must be [tokens, heads, head_dim]")
-    pool = check_pool(cache)
+    pool = check_pool(cache, backend)
     num_tokens, num_heads, head_dim = q.shape
     require(num_tokens >= 1, "q holds no token: one at least")
     found = f"q's head_dim is {head_dim}, the cache's {pool.head_dim}"
@@ -159,7 +163,8 @@ def _check_arrays(
         head_dim=head_dim,
         block_size=pool.block_size,
         dtype=q.dtype,
-        kv_dtype=cache.dtype,
+        kv_dtype=held_dtype(cache, backend),
+        backend="cpu" if backend == "cpu" else "reference",
     )
     require(reason is None, str(reason))
     require(block_tables.ndim == 2, f"block_tables has shape {block_tables.shape}: it must be [sequences, blocks]")

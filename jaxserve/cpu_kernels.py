@@ -1,0 +1,49 @@
+"""Whether an engine on a CPU has the C++ kernels of `pallas_kernels`. Its loader and its engine ask the same."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import jax
+
+from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.errors import ConfigError
+from pallas_kernels.native.build import load_kernels
+
+
+def missing_cpu_kernels(config: EngineConfig) -> str | None:
+    """Why an engine of this configuration has none, as a sentence; None if it has, and then they are loaded.
+
+    Raises:
+        ConfigError: as `private_folder`.
+    """
+    if config.tensor_parallel_size > 1:  # of simulated devices, which are for tests of what XLA does on real ones
+        return "the CPU's kernels run on one device"
+    folder = config.compilation_cache_dir
+    return load_kernels(None if folder is None else private_folder(folder) / "kernels").missing
+
+
+def has_panels(config: EngineConfig, model: ModelConfig) -> bool:
+    """Whether weights lie in the CPU's kernels' panels. In a loop over stacked layers each would be copied first."""
+    if config.attention_backend == "xla" or config.stacked_layers or model.dtype == "float16":
+        return False
+    return jax.default_backend() == "cpu" and missing_cpu_kernels(config) is None
+
+
+def private_folder(folder: str) -> Path:
+    """Makes a folder for what is compiled.
+
+    Raises:
+        ConfigError: the folder is not this user's alone. What lies in it is executed.
+    """
+    path = Path(folder).expanduser()
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    info = path.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
+        raise ConfigError(
+            f"The compilation cache {folder} must be a folder that belongs to this user with mode 0700, because "
+            "compiled code in it is executed. Set the mode, choose another folder, or turn the cache off."
+        )
+    return path

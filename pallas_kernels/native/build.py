@@ -1,0 +1,153 @@
+"""The CPU's kernels, from C++ to XLA: compiled once for this processor and this jaxlib, kept, loaded, registered.
+
+There is no wheel of them: they are compiled where they run, for the very processor (`-march=native`), with whatever C++
+compiler is there. Where there is none, `load_kernels` says so and nobody has them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from pallas_kernels.native.trial import kernels_error
+
+logger = logging.getLogger(__name__)
+
+COMPILERS = ("g++", "clang++", "c++")
+SOURCES = ("native/kernels.cc", "native/parallel.h", "native/product.h", "native/vector.h")
+SOURCES += ("linear/kernel_cpu.h", "ragged_paged_attention/kernel_cpu.h")
+# One rounding of a product and its sum wherever the processor has it; no other liberty with float32.
+FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
+TARGETS = ("jaxserve_linear", "jaxserve_gated_linear", "jaxserve_attention")
+TIMEOUT_S = 300
+PREFIX = "kernels-"
+_ROOT = Path(__file__).parents[1]
+
+
+class Loaded(NamedTuple):
+    """The kernels of this process.
+
+    Attributes:
+        key: names the machine code: source, compiler and flags, jaxlib, processor. Equal keys, equal bits. None where
+            there are none.
+        missing: why there are none, as a sentence.
+    """
+
+    key: str | None
+    missing: str | None
+
+
+@functools.cache
+def _attempts() -> tuple[threading.Lock, list[Loaded]]:
+    """The process's one lock and its one result: XLA takes a target's name once."""
+    return threading.Lock(), []
+
+
+def load_kernels(folder: Path | None) -> Loaded:
+    """Makes the kernels callable in this process, or says why they cannot be had. The first call decides for all.
+
+    What has just been compiled is tried beside the reference, and is none if it is wrong.
+
+    Args:
+        folder: where what was compiled is kept and looked for; it is made if need be. What lies there is executed: it
+            must be this user's alone. None compiles for this process only.
+
+    Cost: 8 s of a core the first time on a machine, some milliseconds after that.
+    """
+    lock, results = _attempts()
+    with lock:
+        if not results:
+            results.append(_load(folder))
+        return results[0]
+
+
+def _load(folder: Path | None) -> Loaded:
+    if os.name != "posix":
+        return Loaded(None, f"the CPU's kernels are built on POSIX systems only, and this is {os.name}")
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        return Loaded(None, f"there is no C++ compiler ({', '.join(COMPILERS)}) to build the CPU's kernels with")
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            path, key, is_new = _build(compiler, Path(temporary) if folder is None else folder)
+            library = ctypes.CDLL(str(path))  # stays loaded when its file is gone
+            for name in TARGETS:
+                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            wrong = kernels_error() if is_new else None
+            if wrong is not None:
+                path.unlink()
+                return Loaded(None, wrong)
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return Loaded(None, f"the CPU's kernels cannot be built: {said.strip()[-2000:]}")
+    return Loaded(key, None)
+
+
+def _build(compiler: str, folder: Path) -> tuple[Path, str, bool]:
+    """The library, compiled if it is not there; its key; whether it was compiled."""
+    command = [compiler, *FLAGS, native_target(), "-isystem", jax.ffi.include_dir()]
+    key = _key(command)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{PREFIX}{key}.so"
+    if path.exists():
+        os.utime(path)  # what is not used for long is removed
+        return path, key, False
+    logger.info("compiling the CPU's kernels with %s (once for this machine)", compiler)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        command += [str(_ROOT / SOURCES[0]), "-o", str(part)]
+        _run(command)
+        part.replace(path)  # a reader sees all or nothing
+    finally:
+        part.unlink(missing_ok=True)
+    return path, key, True
+
+
+def native_target() -> str:
+    """The flag that allows all that this processor has."""
+    return "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+
+
+def _key(command: list[str]) -> str:
+    version = _run([command[0], "--version"])
+    facts = [_source_digest(), *command, version, metadata.version("jaxlib"), _processor()]
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(f"{len(fact)} {fact}\n".encode())
+    return digest.hexdigest()[:40]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)  # noqa: S603
+    return done.stdout
+
+
+def _source_digest() -> str:
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        content = (_ROOT / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _processor() -> str:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "Features", "CPU part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.partition(":")[0].strip() in wanted))

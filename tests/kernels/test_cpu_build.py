@@ -1,0 +1,100 @@
+"""The CPU's kernels are compiled once, for the processor at hand, or there are none and a reason is given."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from pallas_kernels.native import build, trial
+from tests.kernels.cpu_kernels import needs_cpu_kernels
+
+TESTS = Path(__file__).parent
+
+
+@needs_cpu_kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the targets are x86's")
+@pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"], ids=["SSE2", "AVX2"])
+def test_they_are_right_on_older_processors(target: str) -> None:
+    """The same source with narrower vectors, and without instructions for bfloat16."""
+    tests = [f"{TESTS}/test_cpu_linear.py", f"{TESTS}/test_cpu_attention.py"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", *tests],
+        env=os.environ | {"JAXSERVE_KERNEL_TARGET": f"-march={target}", "JAXSERVE_KERNEL_CASES": "10"},
+        cwd=TESTS.parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
+@needs_cpu_kernels
+def test_what_was_compiled_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "private" / "kernels"
+    compiler = next(name for name in build.COMPILERS if build.shutil.which(name))
+    path, key, is_new = build._build(compiler, folder)
+    assert is_new
+    assert [file.name for file in folder.iterdir()] == [f"kernels-{key}.so"]
+    assert folder.stat().st_mode & 0o077 == 0
+    os.utime(path, (1, 1))
+    assert build._build(compiler, folder) == (path, key, False)
+    assert path.stat().st_mtime > 1, "its use was not noted"
+    monkeypatch.setattr(build, "native_target", lambda: "-march=x86-64")
+    assert build._build(compiler, folder)[1] != key
+    assert not [file for file in folder.iterdir() if file.suffix == ".part"]
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize(
+    ("dtype", "name"), [("bfloat16", "linear"), ("float32", "gated_linear"), ("bfloat16", "ragged_paged_attention")]
+)
+def test_kernels_that_are_wrong_are_none(
+    dtype: str, name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A trial of what was just compiled: here a compiler that is a few hundredths off."""
+    right = getattr(trial, name)
+
+    def wrong(x: jax.Array, *arguments: Any, backend: str = "cpu", **options: Any) -> jax.Array:
+        y = right(x, *arguments, backend=backend, **options)
+        return y * 1.03 if backend == "cpu" and x.dtype == dtype else y
+
+    monkeypatch.setattr(trial, name, wrong)
+    monkeypatch.setattr(build, "TARGETS", ())  # those of this process stay
+    found = build._load(tmp_path)
+    assert found.key is None
+    assert re.fullmatch(rf"the CPU's .* in {dtype} are off by \S+, where \S+ is allowed", found.missing or "")
+    assert list(tmp_path.iterdir()) == [], "the next start would not try it"
+    monkeypatch.setattr(trial, name, right)
+    assert build._load(tmp_path).missing is None
+
+
+def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = build._load(None)
+    assert found == (None, r"there is no C++ compiler (g++, clang++, c++) to build the CPU's kernels with")
+
+
+def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        '#!/bin/sh\nif [ "$1" = --version ]; then echo 1.0; exit; fi\necho "no such instruction" >&2\nexit 1\n'
+    )
+    compiler.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = build._load(tmp_path / "kept")
+    assert found == (None, "the CPU's kernels cannot be built: no such instruction")
+    assert list((tmp_path / "kept").iterdir()) == []
+
+
+def test_other_systems_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.os, "name", "nt")
+    assert build._load(None).missing == "the CPU's kernels are built on POSIX systems only, and this is nt"
