@@ -8,7 +8,7 @@ from typing import Literal
 from jaxserve.errors import ConfigError
 
 DType = Literal["float32", "bfloat16", "float16"]
-AttentionBackend = Literal["xla", "tpu", "gpu", "reference"]
+AttentionBackend = Literal["xla", "tpu", "gpu", "cpu", "reference"]
 DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -127,8 +127,9 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory for weights, activations and KV.
         num_gpu_blocks_override: number of KV blocks, whatever the memory.
         kv_cache_dtype: "auto" is the model's dtype.
-        attention_backend: "pallas" are the kernels of `pallas_kernels`, "xla" plain XLA. "auto" takes kernels where
-            there are some for the device and the model and their answers are right there (`engine.attention`).
+        attention_backend: "pallas" are the kernels of `pallas_kernels`, on a CPU its C++ ones; "xla" is plain XLA, on a
+            CPU for products as well. "auto" takes kernels where there are some for the device and the model and their
+            answers are right there (`engine.attention`).
         stacked_layers: the layers' parameters lie stacked and one loop runs them: a program of 80 layers is as large,
             and compiles as fast, as one of a layer. The parameters must lie so (`load_model(stacked_layers=...)`).
             None: as `models.params.choose_layers` has it.
@@ -214,7 +215,8 @@ class EngineLimits:
         swap_buckets: the block counts that copies to and from host memory are compiled for, ascending.
         max_decode_steps: decode steps that one call of the device can run.
         exact: only buckets whose bits agree are used.
-        attention: "xla", or whose Pallas kernels compute it.
+        attention: "xla", or whose kernels compute it.
+        panels: weights lie as the CPU's kernels read them, which then compute all products.
         tensor_parallel_size: devices that parameters and cache are cut over.
         stacked_layers: parameters and cache hold all layers in one array each, and a loop runs them.
     """
@@ -235,6 +237,7 @@ class EngineLimits:
     max_decode_steps: int = 1
     exact: bool = False
     attention: AttentionBackend = "xla"
+    panels: bool = False
     tensor_parallel_size: int = 1
     stacked_layers: bool = False
 

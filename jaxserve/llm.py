@@ -13,13 +13,12 @@ from jaxserve.checks import check_cache_salt
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import ConfigError, ParameterError
-from jaxserve.parallel.mesh import mesh_for
 from jaxserve.results import Collected, ranked_params
 from jaxserve.text.bad_words import resolve_bad_words
 from jaxserve.text.chat import ChatOptions, encode_chat, load_chat_template
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import BeamSearchOutput, BeamSearchParams, RequestOutput, SamplingParams
-from jaxserve_checkpoints.load import load_model
+from jaxserve_checkpoints.load import load_for_engine
 from jaxserve_checkpoints.source import resolve
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -72,10 +71,7 @@ class LLM:
             raise ConfigError(f"LLM does not know one of {sorted(config)}. It knows: {fields}.") from error
         if "stream_interval_ms" not in config:  # nobody reads before the end
             engine_config = replace(engine_config, stream_interval_ms=math.inf)
-        mesh = mesh_for(engine_config.tensor_parallel_size)
-        loaded = load_model(
-            model, dtype=dtype, mesh=mesh, revision=revision, stacked_layers=engine_config.stacked_layers
-        )
+        loaded = load_for_engine(model, engine_config, dtype=dtype, revision=revision)
         folder = loaded.folder if tokenizer is None else resolve(tokenizer).folder
         self._tokenizer = Tokenizer.from_folder(folder)
         self._chat_template = load_chat_template(folder, self._tokenizer, chat_template)

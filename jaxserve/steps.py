@@ -171,18 +171,30 @@ def _forward(
     def attend_in(
         cache: jax.Array, first: jax.Array | int, num: int | None, window: int | None, q: Any, k: Any, v: Any
     ) -> tuple[jax.Array, jax.Array]:
-        if shape.attention == "xla":
+        if shape.attention in ("xla", "cpu"):
             cache = write_kv(cache, k, v, slots, kv.dtype, first_block=first, num_blocks=num)
+        else:
+            cache = kernel_write(cache, k, v, slots, shape, first_block=first, num_blocks=num)
+        if shape.attention == "xla":
             here, ordered = tables + first, order._replace(tables=order.tables + first)
             out = paged_attention(q, cache, here, batch, shape, dtype=kv.dtype, window=window, order=ordered)
         else:
-            cache = kernel_write(cache, k, v, slots, shape, first_block=first, num_blocks=num)
             here = sequences._replace(tables=sequences.tables + first)
-            out = kernel_attention(q, cache, here, shape, window=window)
+            out = kernel_attention(q, cache, here, shape, dtype=kv.dtype, window=window)
         return out, cache
 
+    # A row that has ended in a loop stands among the others: padding is what is past the last of all.
+    last = jnp.max(jnp.where(batch.rows < shape.max_rows, jnp.arange(1, shape.num_tokens + 1, dtype=jnp.int32), 0))
     hidden, layers = forward(
-        params, kv.layers, batch.tokens, batch.positions, attend, config, max_model_len=max_model_len, axis=axis
+        params,
+        kv.layers,
+        batch.tokens,
+        batch.positions,
+        attend,
+        config,
+        max_model_len=max_model_len,
+        num_tokens=last[None],
+        axis=axis,
     )
     return hidden, replace(kv, layers=layers)
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
-from jaxserve.config import ModelConfig
+from jaxserve.config import EngineConfig, ModelConfig
+from jaxserve.cpu_kernels import has_panels
 from jaxserve.errors import WeightsError
-from jaxserve.models.params import choose_layers, decoder_specs
+from jaxserve.models.params import choose_layers, decoder_specs, in_panels
+from jaxserve.parallel.mesh import mesh_for
 from jaxserve.parallel.rules import check_divides, placements_on
 from jaxserve.parallel.specs import tree_bytes
 from jaxserve_checkpoints import hf_config, manifest, orbax
@@ -111,6 +113,18 @@ def load_model(
         seconds=time.perf_counter() - start,
         num_bytes=tree_bytes(decoder_specs(config)),
     )
+
+
+def load_for_engine(
+    name_or_dir: str | Path, config: EngineConfig, *, dtype: str = "auto", revision: str | None = None
+) -> LoadedModel:
+    """`load_model` onto the devices, and in the form, that an engine of this configuration takes."""
+    mesh = mesh_for(config.tensor_parallel_size)
+    loaded = load_model(name_or_dir, dtype=dtype, mesh=mesh, revision=revision, stacked_layers=config.stacked_layers)
+    if not has_panels(config, loaded.config):
+        return loaded
+    start = time.perf_counter()
+    return replace(loaded, params=in_panels(loaded.params), seconds=loaded.seconds + time.perf_counter() - start)
 
 
 def _read_converted(

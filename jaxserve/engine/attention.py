@@ -1,13 +1,14 @@
-"""Which attention an engine runs: plain XLA, or the Pallas kernels for its device. Decided once, with a reason.
+"""Which attention an engine runs: plain XLA, or the kernels for its device. Decided once, with a reason.
 
 Kernels are tried before they serve: on the device at hand, with the model's heads, beside the reference. A driver, a
-compiler or a chip that nobody has tried them on costs speed then, and no answer.
+compiler or a chip that nobody has tried them on costs speed then, and no answer. A CPU's are tried once they are built.
 """
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,12 +16,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.config import AttentionBackend, EngineConfig, EngineLimits, ModelConfig
+from jaxserve.cpu_kernels import missing_cpu_kernels
 from jaxserve.errors import ConfigError
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention, uncovered
+from pallas_kernels.ragged_paged_attention.ref import attention_reference
 
 logger = logging.getLogger(__name__)
 
-KERNELS: dict[str, AttentionBackend] = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # by a device's platform
+KERNELS: dict[str, AttentionBackend] = {
+    "tpu": "tpu",
+    "gpu": "gpu",
+    "cuda": "gpu",
+    "cpu": "cpu",
+}  # by a device's platform
 # What an output may be off, as a share of the largest one, which is a value itself where a sequence has one key:
 # weights and output are each rounded to the cache's dtype, 2^-8 in bfloat16. In float32 the sums over head_dim and keys
 # err by far less than 2^-12; a device that multiplies in bfloat16 for it errs by more.
@@ -68,7 +76,7 @@ def _uncovered(
         if (reason := uncovered_device(device)) is not None:
             return reason
     num_devices = config.tensor_parallel_size
-    return uncovered(
+    reason = uncovered(
         num_heads=model.num_heads // num_devices,
         num_kv_heads=model.num_kv_heads_over(num_devices) // num_devices,
         head_dim=model.head_dim,
@@ -78,6 +86,9 @@ def _uncovered(
         backend=kernels,  # type: ignore[arg-type]
         table_shape=table_shape,
     )
+    if reason is None and kernels == "cpu":
+        return missing_cpu_kernels(config)  # builds them, if need be
+    return reason
 
 
 def try_attention(
@@ -91,7 +102,7 @@ def try_attention(
     Raises:
         ConfigError: kernels were asked for, and they fail.
     """
-    if limits.attention == "xla":
+    if limits.attention in ("xla", "cpu"):  # a CPU's kernels are tried when they have been built
         return limits
     wrong = attention_error(limits, model, interpret=interpret)
     if wrong is None:
@@ -112,7 +123,7 @@ def attention_error(limits: EngineLimits, model: ModelConfig, *, interpret: Any 
         found = np.asarray(call(*case, **options, backend=limits.attention, interpret=interpret), np.float32)
     except Exception as error:  # a compiler's or a driver's: whatever it is, the other attention serves
         return f"the kernels fail here: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    wanted = np.asarray(call(*case, **options, backend="reference", interpret=False), np.float32)
+    wanted = np.asarray(jax.jit(partial(attention_reference, **options))(*case), np.float32)
     bound = _TOLERANCE[limits.kv_dtype] * float(np.abs(wanted).max())
     off = float(np.abs(found - wanted).max())
     return None if off <= bound else f"the kernels are off by {off:.3g} on this device, where {bound:.3g} is allowed"

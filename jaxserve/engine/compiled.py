@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -22,10 +21,10 @@ from typing import Any
 import jax
 
 from jaxserve.config import EngineLimits, ModelConfig
+from jaxserve.cpu_kernels import private_folder
 from jaxserve.engine.beams import follow_sizes
 from jaxserve.engine.executables import ExecutableStore, is_supported, prune
 from jaxserve.engine.programs import Programs, copy_sizes, engine_programs, step_shape
-from jaxserve.errors import ConfigError
 from jaxserve.parallel.mesh import mesh_of
 from jaxserve.state import StepShape
 
@@ -204,16 +203,9 @@ def use_compilation_cache(folder: str) -> Path:
     asking it means lowering each program.
 
     Raises:
-        ConfigError: the folder is not this user's alone. What lies in it is executed.
+        ConfigError: as `private_folder`.
     """
-    path = Path(folder).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ConfigError(
-            f"The compilation cache {folder} must be a folder that belongs to this user with mode 0700, because "
-            "compiled code in it is executed. Set the mode, choose another folder, or turn the cache off."
-        )
+    path = private_folder(folder)
     if not is_supported():
         jax.config.update("jax_compilation_cache_dir", str(path))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

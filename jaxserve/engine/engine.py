@@ -25,7 +25,7 @@ from jaxserve.engine.resolve import resolve_engine_config
 from jaxserve.engine.runner import Runner, RunningStep
 from jaxserve.errors import EngineDeadError
 from jaxserve.metrics import EngineMetrics
-from jaxserve.models.params import check_stacked
+from jaxserve.models.params import are_in_panels, check_stacked
 from jaxserve.parallel.mesh import bytes_on_each, first_device
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.policy import SchedulerLimits
@@ -72,7 +72,8 @@ class EngineCore:
         device = first_device(params, config.tensor_parallel_size)
         check_stacked(params, model, config.stacked_layers)
         self.model, self.config = model, config
-        limits = resolve_engine_config(config, model, weight_bytes=bytes_on_each(params), device=device)
+        weight_bytes, panels = bytes_on_each(params), are_in_panels(params)
+        limits = resolve_engine_config(config, model, weight_bytes=weight_bytes, device=device, panels=panels)
         self.limits = limits = try_attention(limits, config, model)
         self.runner = Runner(
             params, model, limits, verify_swaps=config.verify_swaps, on_progress=on_progress, cache=cache

@@ -37,6 +37,7 @@ MAGIC = b"jaxserve executable 1\n"
 SUFFIX = ".executable"
 MAX_FOLDER_BYTES = 2**30  # some 50 to 500 sets of programs: 2 MB for the demo model, 20 MB for 30 layers
 MAX_UNUSED_S = 30 * 86_400.0
+SOURCE_SUFFIXES = (".py", ".h", ".cc")
 HOST_PACKAGES = ("cache", "scheduler", "text")  # the layer contracts keep them out of what is traced
 JAX_ENTRY = re.compile(r"[\w.-]+-[0-9a-f]{64}-(cache|atime)")
 # Variables that compilers read beside XLA_FLAGS.
@@ -131,11 +132,12 @@ def prune(folder: Path, *, max_bytes: int = MAX_FOLDER_BYTES, max_unused_s: floa
     Programs of an older version, or of other sizes, are never asked for again and would stay for ever.
 
     Args:
-        folder: with our executables and jax's own entries, whose time is that of their writing. No other file is
-            touched: it may be somebody's home.
+        folder: with our executables, the CPU's kernels and jax's own entries, whose time is that of their writing. No
+            other file is touched: it may be somebody's home.
     """
     found: list[tuple[float, int, Path]] = []
     own = [path for path in (folder / "executables").glob("*") if path.suffix in (SUFFIX, ".part")]
+    own += [path for path in (folder / "kernels").glob("kernels-*") if path.suffix in (".so", ".part")]
     for path in (*own, *(path for path in folder.glob("*-*") if JAX_ENTRY.fullmatch(path.name))):
         with contextlib.suppress(FileNotFoundError):  # another process removes, too
             info = path.lstat()
@@ -187,10 +189,10 @@ def source_digest() -> str:
     Cost: 3 ms for 0.3 MB.
     """
     root = Path(__file__).parents[2]
-    paths = [path for package in ("jaxserve", "pallas_kernels") for path in (root / package).rglob("*.py")]
+    paths = [path for package in ("jaxserve", "pallas_kernels") for path in (root / package).rglob("*.*")]
     digest = hashlib.sha256()
     for path in sorted(paths):
-        if path.parent.name in HOST_PACKAGES:
+        if path.parent.name in HOST_PACKAGES or path.suffix not in SOURCE_SUFFIXES:
             continue
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root)} {len(content)}\n".encode() + content)

@@ -25,13 +25,14 @@ MAX_SWAP_BYTES = 64 * 2**20  # one gather to host memory: its copy stands on the
 
 
 def resolve_engine_config(
-    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: Any = None
+    config: EngineConfig, model: ModelConfig, *, weight_bytes: int, device: Any = None, panels: bool = False
 ) -> EngineLimits:
     """Decides every size that `config` left open.
 
     Args:
         weight_bytes: what the parameters take on each device.
         device: one of the jax.Devices; the first one if None.
+        panels: whether the weights lie in panels, whose products round alike in every step.
 
     Raises:
         ConfigError: the sizes asked for contradict each other or do not fit the memory.
@@ -47,7 +48,7 @@ def resolve_engine_config(
             f"max_num_batched_tokens={max_tokens} must be at least max_num_seqs={max_num_seqs}: every running "
             "sequence feeds one token a step. Raise the first or lower the second."
         )
-    exact = (on_cpu and model.dtype != "float32") if config.exact is None else config.exact
+    exact = (on_cpu and (panels or model.dtype != "float32")) if config.exact is None else config.exact
     smallest = smallest_bucket(model.dtype, exact=exact)
     max_tokens = max(max_tokens, smallest)
     max_model_len = _max_model_len(config, model)
@@ -83,6 +84,7 @@ def resolve_engine_config(
         max_decode_steps=min(config.max_decode_steps, config.block_size),  # so that a row opens one block at most
         exact=exact,
         attention=attention.backend,
+        panels=panels,
         tensor_parallel_size=num_devices,
         stacked_layers=layers.stacked,
     )

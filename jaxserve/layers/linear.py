@@ -1,4 +1,4 @@
-"""Matrix products over weights `[out, in]`."""
+"""Matrix products over weights `[out, in]`, or over the same in a CPU kernel's panels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.linear.api import PanelMatrix
+from pallas_kernels.linear.api import linear as panel_linear
 
 # XLA:CPU sums a float32 product in one and the same order where its columns are a multiple of this: 536 combinations of
 # sizes, jax 0.10.2 and 0.12.
@@ -16,23 +19,28 @@ _COLUMNS = 64
 
 def linear(
     x: Float[Array, "tokens ..."],
-    weight: Float[Array, "..."],
+    weight: Float[Array, "..."] | PanelMatrix,
     bias: Float[Array, "..."] | None = None,
     *,
     num_in_axes: int = 1,
+    num_tokens: Int[Array, "1"] | None = None,
 ) -> Float[Array, "tokens ..."]:
     """x @ weight + bias in float32, over flattened axes.
 
     Args:
         x: [T, *ins]; cast to the weight's dtype before the product.
-        weight: [*outs, *ins].
+        weight: [*outs, *ins]; a `PanelMatrix` knows its own axes.
         bias: [*outs].
         num_in_axes: how many axes `ins` has.
+        num_tokens: how many of the T hold a token; a kernel leaves the others, which are zeros then.
 
     Returns:
         float32 [T, *outs]. The accumulator is float32 in every dtype: with a 16-bit result XLA:CPU
         converts the whole weight in memory each call (37 instead of 238 GFLOP/s at 32 rows).
     """
+    if isinstance(weight, PanelMatrix):
+        y = panel_linear(x.reshape(len(x), *weight.ins).astype(weight.dtype), weight, num_tokens)
+        return y if bias is None else y + bias.astype(jnp.float32)
     outs = weight.shape[: weight.ndim - num_in_axes]
     matrix = weight.reshape(math.prod(outs), -1)
     y = faster_form(

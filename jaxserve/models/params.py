@@ -20,10 +20,13 @@ import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
+
 from jaxserve.config import ModelConfig
 from jaxserve.errors import ConfigError
 from jaxserve.parallel.rules import check_divides
 from jaxserve.parallel.specs import ArraySpec, map_specs
+from pallas_kernels.linear.api import PanelMatrix, to_panels
 
 
 def decoder_specs(config: ModelConfig, num_devices: int = 1, *, stacked: bool = False) -> dict[str, Any]:
@@ -84,6 +87,29 @@ def choose_layers(config: ModelConfig, asked: bool | None) -> LayersChoice:
 def are_stacked(params: dict[str, Any]) -> bool:
     """Whether parameters, or their specs, are those of stacked layers."""
     return isinstance(params["layers"], dict)
+
+
+def are_in_panels(params: dict[str, Any]) -> bool:
+    """Whether parameters lie as the CPU's kernels read them (`in_panels`)."""
+    return isinstance(params["embed"], PanelMatrix)
+
+
+def in_panels(params: dict[str, Any]) -> dict[str, Any]:
+    """The same parameters of one device, layers not stacked, each matrix in panels.
+
+    Donates: params. Each matrix is freed as soon as it has been turned.
+    """
+
+    def turn(name: str, array: jax.Array) -> Any:
+        if array.ndim < 2 or name.endswith("bias"):
+            return array
+        num_in_axes = array.ndim - 1 if name == "o" else 1
+        turned = jax.block_until_ready(to_panels(array, num_in_axes=num_in_axes))
+        array.delete()
+        return turned
+
+    layers = tuple({name: turn(name, array) for name, array in layer.items()} for layer in params["layers"])
+    return {name: layers if name == "layers" else turn(name, array) for name, array in params.items()}
 
 
 def check_stacked(params: dict[str, Any], config: ModelConfig, asked: bool | None) -> None:

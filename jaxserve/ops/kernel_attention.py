@@ -1,4 +1,4 @@
-"""Attention of the token stream, and the write before it, by the Pallas kernels in place of `paged_attention`."""
+"""Attention of the token stream, and the write before it, by kernels in place of `paged_attention`."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def kernel_write(
     first_block: Array | int = 0,
     num_blocks: int | None = None,
 ) -> Array:
-    """What `write_kv` does: the cache [P, C, K, 2H] with each token's key and value at its slot.
+    """What `write_kv` does, which serves a CPU's kernels: the cache [P, C, K, 2H] with each token's key and value.
 
     Args:
         first_block, num_blocks: of the layer, where the cache holds several; slots count from its first on.
     """
-    assert shape.attention != "xla"
+    assert shape.attention not in ("xla", "cpu")
     return kv_write(
         cache,
         k.astype(cache.dtype),
@@ -82,11 +82,12 @@ def kernel_attention(
     sequences: Sequences,
     shape: StepShape,
     *,
+    dtype: str,
     window: int | None,
 ) -> Float[Array, "tokens kv_heads groups head_dim"]:
     """What `paged_attention` computes. q is already scaled; it is rounded to the cache's dtype, as there."""
     assert shape.attention != "xla"
-    flat = q.reshape(shape.num_tokens, -1, q.shape[-1]).astype(cache.dtype)
+    flat = q.reshape(shape.num_tokens, -1, q.shape[-1]).astype(dtype)
     out = ragged_paged_attention(
         flat,
         cache,

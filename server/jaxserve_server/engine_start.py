@@ -14,11 +14,12 @@ import jax
 from jaxserve import __version__
 from jaxserve.config import EngineLimits
 from jaxserve.engine.async_engine import AsyncEngine
-from jaxserve.parallel.mesh import bytes_on_each, mesh_for
-from jaxserve_checkpoints.load import LoadedModel, load_model
+from jaxserve.parallel.mesh import bytes_on_each
+from jaxserve_checkpoints.load import LoadedModel, load_for_engine
 from jaxserve_server.engine_process import ReadyEngine
 from jaxserve_server.startup_log import log_compiled, log_engine_ready, log_kv_cache, log_reuse, log_weights
 from jaxserve_server.wire import ModelRead, Start
+from pallas_kernels.native.build import load_kernels
 
 
 def read_weights(start: Start) -> LoadedModel:
@@ -28,14 +29,7 @@ def read_weights(start: Start) -> LoadedModel:
         CheckpointError: it cannot be read.
         ConfigError: it cannot be served as asked.
     """
-    mesh = mesh_for(start.engine.tensor_parallel_size)
-    model = load_model(
-        start.model,
-        dtype=start.dtype,
-        mesh=mesh,
-        revision=start.revision,
-        stacked_layers=start.engine.stacked_layers,
-    )
+    model = load_for_engine(start.model, start.engine, dtype=start.dtype, revision=start.revision)
     log_weights(bytes_on_each(model.params), model.seconds, start.engine.tensor_parallel_size)
     return model
 
@@ -71,6 +65,8 @@ def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:
     device = jax.devices()[0]
     numerics = f"{model.config.dtype} {limits.kv_dtype} {limits.max_model_len} {limits.kv_tile} {limits.q_tile}"
     numerics += f" over {limits.tensor_parallel_size}" + " stacked" * limits.stacked_layers
+    if limits.attention == "cpu":
+        numerics += f" {load_kernels(None).key}" + " panels" * limits.panels
     if not limits.exact:
         numerics += f" {limits}"
     facts = f"{model.version} {numerics} {device.platform} {device.device_kind} {version('jaxlib')}"

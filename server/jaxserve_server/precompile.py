@@ -53,17 +53,9 @@ def fill(options: Options) -> tuple[Mapping[str, float], int]:
         ConfigError: it cannot be served as asked.
     """
     from jaxserve.engine.engine import EngineCore  # jax: 1 s that a usage error need not wait for
-    from jaxserve.parallel.mesh import mesh_for
-    from jaxserve_checkpoints.load import load_model
+    from jaxserve_checkpoints.load import load_for_engine
 
-    mesh = mesh_for(options.engine.tensor_parallel_size)
-    model = load_model(
-        options.model,
-        dtype=options.dtype,
-        mesh=mesh,
-        revision=options.revision,
-        stacked_layers=options.engine.stacked_layers,
-    )
+    model = load_for_engine(options.model, options.engine, dtype=options.dtype, revision=options.revision)
     core = EngineCore(model.config, model.params, options.engine, on_progress=show)
     compiled = core.runner.compiled
     return compiled.compile_s, compiled.num_loaded

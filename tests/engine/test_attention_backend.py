@@ -26,6 +26,7 @@ TPU = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
 AMPERE = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
+METAL = SimpleNamespace(platform="METAL", device_kind="Metal")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,10 @@ def test_kernels_are_for_their_devices(wide: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("device", "changes", "config", "dtype", "why"),
     [
-        (CPU, {}, {}, "bfloat16", "there are no kernels for cpu"),
+        (METAL, {}, {}, "bfloat16", "there are no kernels for METAL"),
+        (CPU, {}, {"tensor_parallel_size": 2}, "bfloat16", "the CPU's kernels run on one device"),
+        (CPU, {}, {}, "float16", "the cache holds float16: the CPU's kernels have bfloat16, float32"),
+        (CPU, {"head_dim": 514}, {}, "float32", "head_dim is 514: the CPU's kernels have even ones up to 512"),
         (AMPERE, {}, {}, "bfloat16", r"compute capability is 8\.0: .* only 9\.0 \(H100, H200\) has"),
         (TPU, {"head_dim": 80}, {}, "bfloat16", "head_dim is 80: the kernels have 64, 128, 256"),
         (TPU, {}, {"block_size": 8}, "bfloat16", "block_size is 8: the kernels have 16, 32, 64, 128"),
@@ -64,6 +68,17 @@ def test_what_kernels_do_not_cover_runs_in_xla_and_is_named(
     assert found.backend == "xla"
     with pytest.raises(ConfigError, match=rf"attention_backend=pallas cannot be had: .*{why}.*Set attention_backend"):
         choose(model, device, "pallas", dtype, **config)
+
+
+def test_a_cpu_has_kernels_where_there_is_a_compiler(wide: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "missing_cpu_kernels", lambda _: None)
+    assert choose(wide, CPU) == ("cpu", "covered")
+    assert choose(replace(wide, head_dim=80, num_heads=34), CPU, dtype="float32", block_size=4) == ("cpu", "covered")
+    assert choose(wide, CPU, "xla") == ("xla", "asked for")
+    monkeypatch.setattr(attention, "missing_cpu_kernels", lambda _: "there is no C++ compiler")
+    assert choose(wide, CPU) == ("xla", "there is no C++ compiler")
+    with pytest.raises(ConfigError, match="attention_backend=pallas cannot be had: there is no C"):
+        choose(wide, CPU, "pallas")
 
 
 def test_tables_past_a_tpu_s_scalar_memory_run_in_xla(wide: ModelConfig) -> None:

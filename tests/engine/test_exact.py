@@ -3,6 +3,7 @@
 Each family and dtype has one engine and a set of requests, whose answers are first taken alone, on a cold cache. Then
 come random schedules: any mix, any order of arrival, chunks of any size, cold or warm cache, pools in which sequences
 are swapped or computed again, siblings, neighbours that leave. `JAXSERVE_EXACT_SCHEDULES` says how many (default 200).
+So it is with the CPU's kernels, and in a tenth of the schedules with plain XLA, which serves where no compiler is.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import random
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,12 @@ import pytest
 
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine.engine import EngineCore
-from jaxserve.models.params import decoder_specs
+from jaxserve.models.params import decoder_specs, in_panels
 from jaxserve.parallel.specs import init_arrays
 from jaxserve.scheduler.policy import MemoryCosts
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.types import Delta, SamplingParams
+from pallas_kernels.native.build import load_kernels
 
 NUM_SCHEDULES = int(os.environ.get("JAXSERVE_EXACT_SCHEDULES", "200"))
 MAX_LEN = 304  # more than two tiles of keys, which `make_cards` asserts
@@ -51,7 +54,7 @@ class Card:
     answers: dict[int, list[tuple[int, bytes]]]
 
 
-def make_engine(family: str, dtype: str) -> EngineCore:
+def make_engine(family: str, dtype: str, kernels: str) -> EngineCore:
     model = ModelConfig(
         **FAMILIES[family],
         vocab_size=VOCAB_SIZE,
@@ -71,10 +74,11 @@ def make_engine(family: str, dtype: str) -> EngineCore:
         num_gpu_blocks_override=NUM_ROWS * MAX_LEN // BLOCK_SIZE + 1,
         compilation_cache_dir=None,
         exact=True,
+        attention_backend="pallas" if kernels == "kernels" else "xla",
         verify_swaps=True,
         stream_interval_ms=float("inf"),
     )
-    return EngineCore(model, params, config)
+    return EngineCore(model, in_panels(params) if kernels == "kernels" else params, config)
 
 
 def bits(delta: Delta) -> list[tuple[int, bytes]]:
@@ -113,8 +117,10 @@ def make_cards(core: EngineCore) -> list[Card]:
     return cards
 
 
-@pytest.fixture(scope="module", params=[(family, dtype) for family in FAMILIES for dtype in DTYPES], ids="-".join)
+@pytest.fixture(scope="module", params=product(FAMILIES, DTYPES, ("kernels", "xla")), ids="-".join)
 def served(request: pytest.FixtureRequest) -> tuple[EngineCore, list[Card]]:
+    if request.param[2] == "kernels" and (missing := load_kernels(None).missing) is not None:
+        pytest.skip(missing)
     core = make_engine(*request.param)
     return core, make_cards(core)
 
@@ -171,12 +177,13 @@ def reset(core: EngineCore, dice: random.Random) -> None:
 def test_no_schedule_moves_a_bit(served: tuple[EngineCore, list[Card]]) -> None:
     core, cards = served
     num_words = num_preemptions = 0
-    for seed in range(NUM_SCHEDULES):
+    num_schedules = NUM_SCHEDULES if core.limits.panels else -(-NUM_SCHEDULES // 10)
+    for seed in range(num_schedules):
         words, preemptions = run_schedule(core, cards, random.Random(seed))
         num_words += words
         num_preemptions += preemptions
-    assert num_words > 100 * NUM_SCHEDULES
-    assert num_preemptions > NUM_SCHEDULES // 4
+    assert num_words > 100 * num_schedules
+    assert num_preemptions > num_schedules // 4
 
 
 def test_all_buckets_agree(served: tuple[EngineCore, list[Card]]) -> None:
@@ -191,11 +198,11 @@ def digest(cards: list[Card]) -> str:
 
 def test_a_restart_moves_no_bit(served: tuple[EngineCore, list[Card]], request: pytest.FixtureRequest) -> None:
     """Programs compiled anew in another process give the same answers."""
-    if request.node.callspec.id != "qwen3-bfloat16":
+    if request.node.callspec.id != "qwen3-bfloat16-kernels":
         pytest.skip("one family and dtype: another process compiles for seconds")
     root = Path(__file__).parents[2]
     paths = os.pathsep.join(map(str, (root, root / "server", root / "checkpoints")))
-    command = [sys.executable, __file__, "qwen3", "bfloat16"]
+    command = [sys.executable, __file__, "qwen3", "bfloat16", "kernels"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": paths}, timeout=300
     )
