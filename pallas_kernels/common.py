@@ -20,7 +20,7 @@ HEAD_DIMS = (64, 128, 256)
 MAX_QUERIES_PER_KV_HEAD = 16
 FLOAT_DTYPES = ("bfloat16", "float32")
 FP8_DTYPES = ("float8_e4m3fn", "float8_e5m2")
-MAX_CPU_HEAD_DIM = 512  # kernel_cpu.h's kMaxHeadDim
+MAX_CPU_HEAD_DIM = 512  # kernel_cpu.cc's kMaxHeadDim
 
 
 class PoolShape(NamedTuple):

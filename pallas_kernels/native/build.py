@@ -13,9 +13,11 @@ import logging
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -27,11 +29,13 @@ from pallas_kernels.native.trial import kernels_error
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("g++", "clang++", "c++")
-SOURCES = ("native/kernels.cc", "native/parallel.h", "native/product.h", "native/vector.h")
-SOURCES += ("linear/kernel_cpu.h", "ragged_paged_attention/kernel_cpu.h")
+HEADERS = ("native/product.h", "native/vector.h", "native/xla.h")
+TARGETS = {  # a library each, and what XLA calls in it
+    "linear/kernel_cpu.cc": ("jaxserve_linear", "jaxserve_gated_linear"),
+    "ragged_paged_attention/kernel_cpu.cc": ("jaxserve_attention",),
+}
 # One rounding of a product and its sum wherever the processor has it; no other liberty with float32.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
-TARGETS = ("jaxserve_linear", "jaxserve_gated_linear", "jaxserve_attention")
 TIMEOUT_S = 300
 PREFIX = "kernels-"
 _ROOT = Path(__file__).parents[1]
@@ -82,38 +86,55 @@ def _load(folder: Path | None) -> Loaded:
         return Loaded(None, f"there is no C++ compiler ({', '.join(COMPILERS)}) to build the CPU's kernels with")
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            path, key, is_new = _build(compiler, Path(temporary) if folder is None else folder)
-            library = ctypes.CDLL(str(path))  # stays loaded when its file is gone
-            for name in TARGETS:
-                jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-            wrong = kernels_error() if is_new else None
-            if wrong is not None:
-                path.unlink()
-                return Loaded(None, wrong)
+            key, paths = _build(compiler, Path(temporary) if folder is None else folder)
+            for path, names in zip(paths, TARGETS.values(), strict=False):
+                library = ctypes.CDLL(str(path))  # stays loaded when its file is gone
+                for name in names:
+                    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+            return Loaded(key, None) if _is_tried(paths) else _try(key, paths)
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         return Loaded(None, f"the CPU's kernels cannot be built: {said.strip()[-2000:]}")
-    return Loaded(key, None)
 
 
-def _build(compiler: str, folder: Path) -> tuple[Path, str, bool]:
-    """The library, compiled if it is not there; its key; whether it was compiled."""
+def _build(compiler: str, folder: Path) -> tuple[str, list[Path]]:
+    """The key, and the libraries in the order of `TARGETS`, compiled side by side where they are not there."""
     command = [compiler, *FLAGS, native_target(), "-isystem", jax.ffi.include_dir()]
     key = _key(command)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = folder / f"{PREFIX}{key}.so"
-    if path.exists():
-        os.utime(path)  # what is not used for long is removed
-        return path, key, False
-    logger.info("compiling the CPU's kernels with %s (once for this machine)", compiler)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    try:
-        command += [str(_ROOT / SOURCES[0]), "-o", str(part)]
-        _run(command)
-        part.replace(path)  # a reader sees all or nothing
-    finally:
-        part.unlink(missing_ok=True)
-    return path, key, True
+
+    def build(source: str) -> Path:
+        path = folder / f"{PREFIX}{key}-{Path(source).parent.name}.so"
+        if path.exists():
+            os.utime(path)  # what is not used for long is removed
+            return path
+        logger.info("compiling the CPU's kernel %s with %s (once for this machine)", source, compiler)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            _run([*command, str(_ROOT / source), "-o", str(part)])
+            part.chmod(0o600)  # executable when it has been tried
+            part.replace(path)  # a reader sees all or nothing
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+    with ThreadPoolExecutor(len(TARGETS)) as pool:
+        return key, list(pool.map(build, TARGETS))
+
+
+def _is_tried(paths: list[Path]) -> bool:
+    return all(path.stat().st_mode & stat.S_IXUSR for path in paths)
+
+
+def _try(key: str, paths: list[Path]) -> Loaded:
+    """Tries kernels beside their references; those that are right are marked so, executable, and others removed."""
+    wrong = kernels_error()
+    for path in paths:
+        if wrong is None:
+            path.chmod(0o700)
+        else:
+            path.unlink()
+    return Loaded(None if wrong else key, wrong)
 
 
 def native_target() -> str:
@@ -137,7 +158,7 @@ def _run(command: list[str]) -> str:
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for name in SOURCES:
+    for name in (*TARGETS, *HEADERS):
         content = (_ROOT / name).read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

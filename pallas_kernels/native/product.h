@@ -53,17 +53,16 @@ struct Product {
   int64_t depth;  // in units
   float* out;
   int64_t out_stride;
+  // out += rows * panel, not out = rows * panel. The product is summed by itself first: a chain through all tiles of a
+  // long context would lose three bits.
+  bool adds = false;
 };
 
-// out = rows * panel, or out += rows * panel.
-template <typename T, int kRows, bool kAdds>
+template <typename T, int kRows>
 inline void multiply_rows(const Product<T>& p) {
   Vector sums[kRows][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-    sums[r][0] = kAdds ? load<Vector>(p.out + r * p.out_stride) : Vector{};
-    sums[r][1] = kAdds ? load<Vector>(p.out + r * p.out_stride + kLanes) : Vector{};
-  }
+  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Vector{};
   const typename T::Unit *rows = p.rows, *panel = p.panel;
   for (int64_t k = 0; k < p.depth; ++k, ++rows, panel += p.panel_stride) {
 #pragma GCC unroll 16
@@ -75,23 +74,25 @@ inline void multiply_rows(const Product<T>& p) {
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
-    store(p.out + r * p.out_stride, sums[r][0]);
-    store(p.out + r * p.out_stride + kLanes, sums[r][1]);
+    for (int half = 0; half < 2; ++half) {
+      float* out = p.out + r * p.out_stride + half * kLanes;
+      store(out, p.adds ? load<Vector>(out) + sums[r][half] : sums[r][half]);
+    }
   }
 }
 
-template <typename T, bool kAdds, int kRows = kMaxRows>
+template <typename T, int kRows = kMaxRows>
 inline void multiply_few(const Product<T>& p, int64_t num_rows) {
-  if (num_rows == kRows) return multiply_rows<T, kRows, kAdds>(p);
-  if constexpr (kRows > 1) multiply_few<T, kAdds, kRows - 1>(p, num_rows);
+  if (num_rows == kRows) return multiply_rows<T, kRows>(p);
+  if constexpr (kRows > 1) multiply_few<T, kRows - 1>(p, num_rows);
 }
 
 // Any number of rows, in groups as equal as can be.
-template <typename T, bool kAdds>
-inline void multiply(Product<T> p, int64_t num_rows) {
+template <typename T>
+[[gnu::noinline]] void multiply(Product<T> p, int64_t num_rows) {
   for (int64_t groups = (num_rows + kMaxRows - 1) / kMaxRows; groups > 0; --groups) {
     const int64_t group = (num_rows + groups - 1) / groups;
-    multiply_few<T, kAdds>(p, group);
+    multiply_few<T>(p, group);
     p.rows += group * p.row_stride;
     p.out += group * p.out_stride;
     num_rows -= group;

@@ -1,4 +1,4 @@
-"""Attention on a CPU: a call of the C++ kernel (kernel_cpu.h)."""
+"""Attention on a CPU: a call of the C++ kernel (kernel_cpu.cc)."""
 
 from __future__ import annotations
 

@@ -59,14 +59,15 @@ def log_engine(start: Start, limits: EngineLimits, kv_bytes: int, init_s: float)
 def fingerprint(model: LoadedModel, limits: EngineLimits) -> str:
     """Names what the tokens depend on: our version, the weights, and how sums are rounded.
 
-    In exact mode that is the dtypes, the tiles, the devices, the backend and its version; else the sizes of steps are
-    among it.
+    In exact mode that is the dtypes, the tiles, the kernels, the devices, the backend and its version; else the sizes
+    of steps are among it.
     """
     device = jax.devices()[0]
     numerics = f"{model.config.dtype} {limits.kv_dtype} {limits.max_model_len} {limits.kv_tile} {limits.q_tile}"
     numerics += f" over {limits.tensor_parallel_size}" + " stacked" * limits.stacked_layers
-    if limits.attention == "cpu":
-        numerics += f" {load_kernels(None).key}" + " panels" * limits.panels
+    numerics += f" attention {limits.attention}" + " panels" * limits.panels
+    if limits.attention == "cpu" or limits.panels:
+        numerics += f" {load_kernels(None).key}"  # of those that are loaded already
     if not limits.exact:
         numerics += f" {limits}"
     facts = f"{model.version} {numerics} {device.platform} {device.device_kind} {version('jaxlib')}"

@@ -135,7 +135,8 @@ def add_engine_flags(parser: Parser) -> None:
     )
     add("--num-gpu-blocks-override", type=positive, metavar="N", help="number of KV blocks, whatever the memory")
     add("--kv-cache-dtype", choices=KV_DTYPES, help="of the KV cache (auto: the model's)")
-    add("--attention-backend", choices=ATTENTION, help="auto (Pallas kernels where they are right), pallas or xla")
+    kernels = "auto (kernels where they are right), pallas (those or none), xla (on a CPU for products, too)"
+    add("--attention-backend", choices=ATTENTION, help=kernels)
     add(
         "--stacked-layers",
         action=argparse.BooleanOptionalAction,

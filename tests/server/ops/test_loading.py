@@ -18,6 +18,7 @@ from jaxserve_server.flags import parse_options
 from jaxserve_server.loading import launch_engine, model_names, sampling_defaults
 from jaxserve_server.startup_log import log_reuse
 from jaxserve_server.wire import ModelRead
+from pallas_kernels.native.build import Loaded
 
 
 def test_the_model_s_own_sampling_defaults_unless_told_otherwise(tmp_path: Path) -> None:
@@ -42,6 +43,8 @@ class QuickEngine:
             "exact": True,
             "tensor_parallel_size": 1,
             "stacked_layers": False,
+            "attention": "cpu",
+            "panels": True,
         },
     )
     kv_bytes, init_s = 1024, 0.5
@@ -64,6 +67,22 @@ def test_one_process_if_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None
     assert (engine.given[0], engine.given[2].max_num_seqs, limits) == (model.config, 3, QuickEngine.limits)
     assert re.fullmatch(r"jaxserve-[0-9.]+-exact-[0-9a-f]{8}", fingerprint)
     launch.abandon()
+
+
+def test_a_fingerprint_names_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other kernels, or the same compiled for another processor, sum otherwise."""
+
+    def name(key: str | None, **changes: Any) -> str:
+        monkeypatch.setattr(engine_start, "load_kernels", lambda _: Loaded(key, None))
+        limits = SimpleNamespace(**vars(QuickEngine.limits) | changes)
+        model = SimpleNamespace(version="v", config=SimpleNamespace(dtype="bfloat16"))
+        return engine_start.fingerprint(model, limits)  # type: ignore[arg-type]
+
+    plain = {"attention": "xla", "panels": False}
+    names = [name("a"), name("b"), name("a", panels=False), name("a", attention="xla"), name("a", **plain)]
+    assert len(set(names)) == len(names)
+    assert name("b", **plain) == name("a", **plain)
+    assert name("a") == names[0]
 
 
 def test_a_failure_after_the_weights_ends_the_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

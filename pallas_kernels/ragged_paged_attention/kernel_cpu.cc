@@ -6,13 +6,11 @@
 // values.
 // A query's bits depend on its own sequence alone: each number is one chain over the depth, each sum over a tile's keys
 // has one order, and how many queries go together changes neither.
-#pragma once
-
 #include <limits>
 #include <vector>
 
-#include "../native/parallel.h"
 #include "../native/product.h"
+#include "../native/xla.h"
 
 namespace jaxserve {
 
@@ -188,15 +186,15 @@ void fold_tile(const Attention<T>& a, const typename T::Unit* const* tokens, int
   turn_keys(tokens, offset, count, units, s.keys.data());
   lay_values(tokens, offset + units, count, a.head_dim, width, s.values.data());
   for (int64_t half = 0; half < kTile; half += kWidth) {
-    multiply<T, false>({s.queries.data() + part * rows * units, units, s.keys.data() + half * units, kWidth, units,
+    multiply<T>({s.queries.data() + part * rows * units, units, s.keys.data() + half * units, kWidth, units,
                         s.scores.data() + half, kTile}, rows);
   }
   for (int64_t row = 0; row < rows; ++row) {
     fold_row(a, s.scores.data() + row * kTile, position + row / a.group(), first, s, part * rows + row, row);
   }
   for (int64_t column = 0; column < width; column += kWidth) {
-    multiply<T, true>({s.weights.data(), kTile / T::kDepth, s.values.data() + column, width, kTile / T::kDepth,
-                       s.weighted.data() + part * rows * width + column, width}, rows);
+    multiply<T>({s.weights.data(), kTile / T::kDepth, s.values.data() + column, width, kTile / T::kDepth,
+                       s.weighted.data() + part * rows * width + column, width, true}, rows);
   }
 }
 
@@ -270,7 +268,7 @@ std::vector<Task> attention_tasks(const Attention<T>& a, int64_t num_threads) {
 }
 
 template <typename T>
-void attend(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
+void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
   const std::vector<Task> tasks = attention_tasks(a, pool.num_threads());
   std::memset(a.out, 0, sizeof(typename T::Unit) * a.num_tokens * a.num_heads * a.units());  // of who has no task
   parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
@@ -279,4 +277,59 @@ void attend(xla::ffi::ThreadPool& pool, const Attention<T>& a) {
   });
 }
 
+// What XLA calls: arguments decoded.
+
+template <typename T>
+ffi::Error run_attention(ffi::ThreadPool& pool, ffi::AnyBuffer q, ffi::AnyBuffer cache, IntBuffer tables,
+                         IntBuffer seq_lens, IntBuffer cu_q_lens, IntBuffer num_seqs,
+                         ffi::Buffer<ffi::DataType::F32> sinks, double scale, double softcap, int64_t window,
+                         Output out) {
+  using Unit = typename T::Unit;
+  const auto sizes = q.dimensions(), pool_sizes = cache.dimensions();
+  attend<T>(pool, {
+      .q = static_cast<const Unit*>(q.untyped_data()),
+      .cache = static_cast<const Unit*>(cache.untyped_data()),
+      .tables = tables.typed_data(),
+      .seq_lens = seq_lens.typed_data(),
+      .cu_q_lens = cu_q_lens.typed_data(),
+      .sinks = sinks.element_count() == 0 ? nullptr : sinks.typed_data(),
+      .out = static_cast<Unit*>(out->untyped_data()),
+      .num_tokens = sizes[0],
+      .num_heads = sizes[1],
+      .head_dim = sizes[2],
+      .num_blocks = pool_sizes[0],
+      .block_size = pool_sizes[1],
+      .num_kv_heads = pool_sizes[2],
+      .num_seqs = std::clamp<int64_t>(num_seqs.typed_data()[0], 0, seq_lens.element_count()),
+      .table_width = tables.dimensions()[1],
+      .scale = static_cast<float>(scale),
+      .softcap = static_cast<float>(softcap),
+      .window = window,
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error call_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer cache, IntBuffer tables,
+                          IntBuffer seq_lens, IntBuffer cu_q_lens, IntBuffer num_seqs,
+                          ffi::Buffer<ffi::DataType::F32> sinks, double scale, double softcap, int64_t window,
+                          Output out) {
+  const auto run = q.element_type() == ffi::DataType::F32 ? run_attention<Float32> : run_attention<BFloat16>;
+  return run(pool, q, cache, tables, seq_lens, cu_q_lens, num_seqs, sinks, scale, softcap, window, out);
+}
+
 }  // namespace jaxserve
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_attention, jaxserve::call_attention,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::ThreadPool>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<jaxserve::IntBuffer>()
+                                  .Arg<jaxserve::IntBuffer>()
+                                  .Arg<jaxserve::IntBuffer>()
+                                  .Arg<jaxserve::IntBuffer>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                  .Attr<double>("scale")
+                                  .Attr<double>("softcap")
+                                  .Attr<int64_t>("window")
+                                  .Ret<xla::ffi::AnyBuffer>());

@@ -1,4 +1,4 @@
-// Work spread over the threads of XLA's own pool, which has one for each core of the process.
+// What kernels have of XLA: its names, and the threads of its own pool, one for each core of the process.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +9,10 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace jaxserve {
+
+namespace ffi = xla::ffi;
+using IntBuffer = ffi::Buffer<ffi::DataType::S32>;
+using Output = ffi::Result<ffi::AnyBuffer>;
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -23,7 +27,7 @@ inline void pause() {
 // Nobody waits for a thread of the pool to begin: it may be busy, or blocked itself. This one takes all that the others
 // have not begun, and a thread that comes late finds nothing left and touches only what it holds a share of.
 template <typename Run>
-void parallel_for(xla::ffi::ThreadPool& pool, int64_t num, const Run& run) {
+void parallel_for(ffi::ThreadPool& pool, int64_t num, const Run& run) {
   const int64_t num_helpers = std::min<int64_t>(pool.num_threads(), num) - 1;
   if (num_helpers < 1) {
     for (int64_t i = 0; i < num; ++i) run(i);
