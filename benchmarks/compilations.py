@@ -21,7 +21,7 @@ from benchmarks.report import Report
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine.engine import EngineCore
 from jaxserve.types import BeamSearchParams, SamplingParams
-from jaxserve_checkpoints.load import load_model
+from jaxserve_checkpoints.load import load_for_engine
 
 Asked = tuple[list[int], SamplingParams | BeamSearchParams]
 
@@ -100,17 +100,14 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the rows there, too")
     args = parser.parse_args()
     count = NUM_QUICK if args.quick else NUM_REQUESTS
-    model = load_model(args.model)
-    core = EngineCore(
-        model.config,
-        model.params,
-        EngineConfig(
-            max_num_seqs=32,
-            max_model_len=MAX_PROMPT + MAX_OUTPUT,
-            block_size=BLOCK_SIZE,
-            num_gpu_blocks_override=NUM_BLOCKS,
-        ),
+    config = EngineConfig(
+        max_num_seqs=32,
+        max_model_len=MAX_PROMPT + MAX_OUTPUT,
+        block_size=BLOCK_SIZE,
+        num_gpu_blocks_override=NUM_BLOCKS,
     )
+    model = load_for_engine(args.model, config)
+    core = EngineCore(model.config, model.params, config)
     begin = time.perf_counter()
     num_tokens = serve(core, random_requests(model.config, count, seed=0), seed=1)
     counters, metrics, compiled = core.scheduler.counters, core.metrics, core.stats().num_compilations_after_ready

@@ -12,7 +12,7 @@ import numpy as np
 from jaxserve.config import EngineConfig
 from jaxserve.engine.engine import EngineCore
 from jaxserve.types import BeamSearchParams, Delta, SamplingParams
-from jaxserve_checkpoints.load import load_model
+from jaxserve_checkpoints.load import load_for_engine
 
 
 def make_core(model: str, dtype: str, **config: Any) -> EngineCore:
@@ -21,8 +21,9 @@ def make_core(model: str, dtype: str, **config: Any) -> EngineCore:
     Args:
         config: fields of `EngineConfig`.
     """
-    loaded = load_model(model, dtype=dtype, stacked_layers=config.get("stacked_layers"))
-    return EngineCore(loaded.config, loaded.params, EngineConfig(**config))
+    engine_config = EngineConfig(**config)
+    loaded = load_for_engine(model, engine_config, dtype=dtype)
+    return EngineCore(loaded.config, loaded.params, engine_config)
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,14 +31,16 @@ def test_it_holds_the_demo_and_the_licence_but_no_training_and_no_tests(wheel: P
     assert wheel.stat().st_size < MAX_WHEEL_BYTES
 
 
-def test_every_module_of_the_tree_is_in_it(wheel: Path, repo: Path):
+def test_every_source_of_the_tree_is_in_it(wheel: Path, repo: Path):
     folders = [repo, repo, repo / "server", repo / "checkpoints"]
     packages = ["jaxserve", "pallas_kernels", "jaxserve_server", "jaxserve_checkpoints"]
     expected = {
         path.relative_to(folder).as_posix()
         for folder, package in zip(folders, packages, strict=True)
-        for path in (folder / package).rglob("*.py")
+        for path in (folder / package).rglob("*.*")
+        if path.suffix in (".py", ".cc", ".h")
     }
+    assert "pallas_kernels/linear/kernel_cpu.cc" in expected
     assert expected <= set(zipfile.ZipFile(wheel).namelist())
 
 
