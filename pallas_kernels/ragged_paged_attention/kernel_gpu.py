@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.common import as_scale
 from pallas_kernels.mosaic_gpu import ROWS, Registers, type_of
-from pallas_kernels.ragged_paged_attention.kernel_gpu_fold import LOG2_E, Scratch, attention_body, scratch_of
+from pallas_kernels.ragged_paged_attention.kernel_gpu_fold import attention_body
 from pallas_kernels.ragged_paged_attention.kernel_gpu_merge import WARPGROUPS, MergeRefs, merge_body
+from pallas_kernels.ragged_paged_attention.kernel_gpu_ring import Scratch, scratch_of
+from pallas_kernels.ragged_paged_attention.kernel_gpu_state import LOG2_E
 from pallas_kernels.ragged_paged_attention.kernel_gpu_work import Sizes, list_work
 from pallas_kernels.ragged_paged_attention.tuning_gpu import Tiles, check_tiles, default_tiles
 

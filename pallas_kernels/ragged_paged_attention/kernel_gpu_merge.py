@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.mosaic_gpu import Registers, divide, divide_up, loop, remainder
-from pallas_kernels.ragged_paged_attention.kernel_gpu_fold import (
+from pallas_kernels.ragged_paged_attention.kernel_gpu_state import (
     LOWEST,
     State,
     finished,
