@@ -62,9 +62,11 @@ def tile_choices(target: Target, heads: Heads) -> Iterator[Any]:
         )  # fmt: skip
         grid: dict[str, tuple[int, ...]] = {"kv_tile": (128, 256, 512, 1024), "q_tile": (32, 64, 128, 256)}
     else:
+        from pallas_kernels.gpu_generations import generation_here
         from pallas_kernels.ragged_paged_attention.tuning_gpu import check_tiles, default_tiles
 
-        own = target.tiles or default_tiles(heads.head_dim, heads.dtype, heads.stored)
+        generation = generation_here("ragged_paged_attention", interpreted=target.tiles is not None)
+        own = target.tiles or default_tiles(heads.head_dim, heads.dtype, heads.stored, generation)
         grid = {"kv_split": (256, 512, 1024, 2048), "ring": (2, 3, 4, 5, 6, 8), "lanes": (1, 2), "kv_tile": (64, 128)}
         grid |= {"cut_below": (1, 2, 4, 8)}
     grid = {name: values for name, values in grid.items() if name in {field.name for field in fields(own)}}
@@ -79,7 +81,7 @@ def tile_choices(target: Target, heads: Heads) -> Iterator[Any]:
         try:
             tiles = replace(own, **change)
             if target.backend == "gpu":
-                check_tiles(tiles, heads.head_dim, heads.dtype, heads.stored)
+                check_tiles(tiles, heads.head_dim, heads.dtype, heads.stored, generation)
         except ValueError:  # sizes that cannot go together, or do not fit
             continue
         if tiles not in seen:

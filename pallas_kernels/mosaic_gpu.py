@@ -1,8 +1,9 @@
-"""How the GPU kernels are spelled: Mosaic GPU over jax 0.10.2 to 0.12, compiled for Hopper or interpreted on a CPU.
+"""How the GPU kernels are spelled: Mosaic GPU over jax 0.10.2 to 0.12, compiled for a GPU or interpreted on a CPU.
 
 The compiler wants a layout for every array in registers and matrix products on the tensor cores; the interpreter
 knows neither register layouts (0.10.2) nor products whose left side lies in registers (any), so it gets the same
-values by plain jax operations. Everything else of a kernel (copies, barriers, loops, stores) is the same code for both.
+values by plain jax operations. Nor does it know copies without the copy engine. Everything else of a kernel (barriers,
+loops, stores, the engine's copies) is the same code for both.
 Parameters are explicit throughout, since jax's defaults differ: the lowering semantics are Lane in 0.10.2 and
 Warpgroup since 0.11.
 """
@@ -19,10 +20,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common import require
+from pallas_kernels.gpu_generations import Generation
 
-CAPABILITY = "9.0"
-ROWS = 64  # of a wgmma's left side and result: one warpgroup
+ROWS = 64  # of a product's left side and result: one warpgroup
 SWIZZLE_BYTES = 128  # the widest pattern by which TMA and wgmma spread a tile's rows over the banks
 PIECE = 64  # columns that fill such a pattern in bfloat16; what kernels take of a tile at once
 _LOAD_TAKES_INDEX = "idx" in inspect.signature(plgpu.load).parameters  # 0.10.2
@@ -47,13 +47,7 @@ def call(
 
     The body finds itself by `lax.axis_index("cta")` and `lax.axis_index("warpgroup")`. An operand that is a
     `jax.new_ref` (see `in_place`) is written in place. Scratch is shared by a CTA's warpgroups.
-
-    Raises:
-        ValueError: it is to be compiled and this process's GPU is none of those `uncovered_device` lets through.
     """
-    if interpreter(interpret) is None and jax.default_backend() == "gpu":
-        reason = uncovered_device(jax.devices()[0])
-        require(reason is None, f"{name}: {reason}")
 
     def entry(*refs: Any) -> None:
         def scoped(*scratch_refs: Any) -> None:
@@ -72,20 +66,6 @@ def call(
         name=name,
     )
     return kernel(*operands)
-
-
-def uncovered_device(device: Any) -> str | None:
-    """Why the GPU kernels cannot run on a device, as a sentence; None if they can.
-
-    Products are Hopper's wgmma, which exists in no other generation: Ampere's and Blackwell's tensor cores have other
-    instructions, with other layouts, and would need kernels of their own.
-    """
-    if device.platform not in ("gpu", "cuda"):
-        return f"the device is {device.platform}: the kernels are for NVIDIA GPUs of compute capability {CAPABILITY}"
-    found = str(getattr(device, "compute_capability", "unknown"))
-    if found != CAPABILITY:
-        return f"compute capability is {found}: the kernels use wgmma, which only {CAPABILITY} (H100, H200) has"
-    return None
 
 
 def in_place(array: jax.Array) -> Any:
@@ -109,13 +89,16 @@ def interpreter_params(**options: Any) -> Any:
     return kind(**options)
 
 
-def tiled(shape: Sequence[int], dtype: Any) -> Any:
-    """Shared memory [..., rows, columns] in the tiled, swizzled order that TMA fills and wgmma reads.
+def tiled(shape: Sequence[int], dtype: Any, widest: int = SWIZZLE_BYTES) -> Any:
+    """Shared memory [..., rows, columns] in the tiled, swizzled order that copies fill and products read.
 
     It can be read and written 64 columns at a time.
+
+    Args:
+        widest: bytes of a row that a pattern may span.
     """
     width = jnp.dtype(dtype).itemsize
-    swizzle = min(SWIZZLE_BYTES, PIECE * width)
+    swizzle = min(widest, PIECE * width)
     transforms = (_api.TilingTransform((8, swizzle // width)), _api.SwizzleTransform(swizzle))
     return plgpu.SMEM(tuple(shape), dtype, transforms=transforms)
 
@@ -123,13 +106,15 @@ def tiled(shape: Sequence[int], dtype: Any) -> Any:
 class Registers(NamedTuple):
     """Operations on arrays in a warpgroup's registers.
 
-    A matrix [64 a, 8 b] lies there as wgmma leaves its result, a vector [64 a] as such a matrix's rows reduced.
+    A matrix [64 a, 8 b] lies there as wgmma and mma leave a result, a vector [64 a] as such a matrix's rows reduced.
 
     Attributes:
         interpreted: whether the interpreter runs them; it knows no layouts.
+        generation: whose instructions they become.
     """
 
     interpreted: bool
+    generation: Generation
 
     def place(self, array: jax.Array) -> jax.Array:
         """`array` in the layout of its rank."""
@@ -155,6 +140,11 @@ class Registers(NamedTuple):
         else:
             _api.store(ref, array, optimized=False)
 
+    def commit(self) -> None:
+        """Has what the warpgroup wrote to shared memory seen by the copy engine and by wgmma. Loads need none."""
+        if self.generation.has_tma:
+            plgpu.commit_smem()
+
     def iota(self, shape: tuple[int, int], axis: int) -> jax.Array:
         return self.place(lax.broadcasted_iota(jnp.int32, shape, axis))
 
@@ -172,12 +162,17 @@ class Registers(NamedTuple):
             total = jnp.zeros(shape, jnp.float32)
             for left, right in factors:
                 total += _interpreted_product(left, right)
-            plgpu.commit_smem()  # wgmma reads as TMA writes, by the async proxy: plain reads must be ordered with it
+            self.commit()  # wgmma reads as TMA writes, by the async proxy: plain reads must be ordered with it
+            return total
+        if not self.generation.has_wgmma:
+            total = self.full(shape, 0.0)
+            for left, right in factors:
+                total = _api.mma(total, _mma_left(left), _mma_right(right))
             return total
 
         def accumulate(sum_ref: Any) -> jax.Array:
             for left, right in factors:
-                plgpu.wgmma(sum_ref, left, right.ref.transpose((1, 0)) if isinstance(right, Transposed) else right)
+                plgpu.wgmma(sum_ref, left, _stored(right))
             return sum_ref[...]
 
         return pl.run_scoped(accumulate, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
@@ -187,6 +182,36 @@ class Transposed(NamedTuple):
     """A right side that is the transpose of what lies in shared memory."""
 
     ref: Any
+
+
+def _stored(right: Any) -> Any:
+    """A right side as a reference to [contracted, columns]."""
+    return right.ref.transpose((1, 0)) if isinstance(right, Transposed) else right
+
+
+def _mma_right(right: Any) -> jax.Array:
+    return plgpu.layout_cast(_api.load(_stored(right)), _api.Layout.MMA_RHS(jnp.bfloat16))
+
+
+def _mma_left(left: Any) -> jax.Array:
+    """A left side where mma takes it from.
+
+    A thread's numbers of two results side by side, [64, 8] each, are those it needs of a left side [64, 16], in this
+    order: nothing moves, but Mosaic has no cast of layouts that says so.
+    """
+    layout = _api.Layout.MMA_LHS(jnp.bfloat16)
+    if not isinstance(left, jax.Array):
+        return plgpu.layout_cast(_api.load(left), layout)
+
+    @_api.inline_mgpu(
+        arg_types=(plgpu.Layout.WGMMA,), return_type=_api.ShapeDtypeStruct(left.shape, left.dtype, layout=layout)
+    )
+    def relabelled(context: Any, array: Any) -> Any:
+        target = layout.to_mgpu()
+        registers = array.registers.reshape(target.registers_shape(array.shape))
+        return type(array)(_registers=registers, _layout=target, _is_signed=array.is_signed)
+
+    return relabelled(left)
 
 
 def _interpreted_product(left: Any, right: Any) -> jax.Array:

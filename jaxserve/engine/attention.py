@@ -71,7 +71,7 @@ def _uncovered(
     if kernels is None:
         return f"there are no kernels for {device.platform}"
     if kernels == "gpu":
-        from pallas_kernels.mosaic_gpu import uncovered_device  # not needed where there is no GPU
+        from pallas_kernels.gpu_generations import uncovered_device  # not needed where there is no GPU
 
         if (reason := uncovered_device(device)) is not None:
             return reason

@@ -1,4 +1,4 @@
-"""The GPU's attention: Mosaic GPU on Hopper (wgmma, TMA); one kernel for decode and chunks, one to merge splits."""
+"""The GPU's attention in Mosaic GPU: one kernel for decode and chunks, one to merge splits."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import mosaic_gpu
 from pallas_kernels.common import as_scale
+from pallas_kernels.gpu_generations import Generation, generation_here
 from pallas_kernels.mosaic_gpu import ROWS, Registers, type_of
+from pallas_kernels.mosaic_gpu_copies import Copies
 from pallas_kernels.ragged_paged_attention.kernel_gpu_fold import attention_body
 from pallas_kernels.ragged_paged_attention.kernel_gpu_merge import WARPGROUPS, MergeRefs, merge_body
 from pallas_kernels.ragged_paged_attention.kernel_gpu_ring import Scratch, scratch_of
@@ -52,15 +54,21 @@ def attention_gpu(
     v_scale: Any = None,
     tiles: Tiles | None = None,
     interpret: Any = False,
+    generation: Generation | None = None,
 ) -> jax.Array:
-    """`api.ragged_paged_attention`, whose checks have been made."""
+    """`api.ragged_paged_attention`, whose checks have been made.
+
+    Args:
+        generation: whose instructions run; None: this process's GPU's.
+    """
+    generation = generation or generation_here("ragged_paged_attention", interpreted=bool(interpret))
     num_tokens, num_heads, head_dim = q.shape
     num_blocks, block_size, num_kv_heads, _ = cache.shape
-    tiles = tiles or default_tiles(head_dim, q.dtype, cache.dtype)
-    check_tiles(tiles, head_dim, q.dtype, cache.dtype)
+    tiles = tiles or default_tiles(head_dim, q.dtype, cache.dtype, generation)
+    check_tiles(tiles, head_dim, q.dtype, cache.dtype, generation)
     sizes = Sizes(
         num_tokens, num_heads, num_kv_heads, head_dim, num_blocks, block_size, block_tables.shape[1],
-        block_tables.shape[0], q.dtype, cache.dtype, scale, window, softcap, sinks is not None, tiles,
+        block_tables.shape[0], q.dtype, cache.dtype, scale, window, softcap, sinks is not None, tiles, generation,
     )  # fmt: skip
     work = list_work(sizes, seq_lens, cu_q_lens, num_seqs, num_decode)
     operands = (
@@ -80,9 +88,11 @@ def attention_gpu(
 
 @partial(jax.jit, static_argnames=("sizes", "interpret"))
 def _attend(sizes: Sizes, operands: tuple[Any, ...], interpret: Any) -> Any:
+    registers, copies = Registers(bool(interpret), sizes.generation), Copies(bool(interpret), sizes.generation)
+
     def body(*refs: Any) -> None:
         count = len(operands) + len(out_type)
-        attention_body(sizes, Registers(bool(interpret)), Refs(*refs[:count]), Scratch(*refs[count:]))
+        attention_body(sizes, registers, copies, Refs(*refs[:count]), Scratch(*refs[count:]))
 
     rows = sizes.splits_held * sizes.num_heads
     groups = sizes.splits_held * sizes.num_kv_heads
@@ -93,7 +103,7 @@ def _attend(sizes: Sizes, operands: tuple[Any, ...], interpret: Any) -> Any:
         body,
         operands,
         out_type=out_type,
-        scratch=scratch_of(sizes),
+        scratch=scratch_of(sizes, copies),
         num_ctas=sizes.tiles.num_ctas,
         warpgroups=2 * sizes.tiles.lanes,
         interpret=interpret,
@@ -104,7 +114,7 @@ def _attend(sizes: Sizes, operands: tuple[Any, ...], interpret: Any) -> Any:
 @partial(jax.jit, static_argnames=("sizes", "interpret"))
 def _merge(sizes: Sizes, operands: tuple[Any, ...], out: jax.Array, interpret: Any) -> jax.Array:
     def body(*refs: Any) -> None:
-        merge_body(sizes, Registers(bool(interpret)), MergeRefs(*refs))
+        merge_body(sizes, Registers(bool(interpret), sizes.generation), MergeRefs(*refs))
 
     target = mosaic_gpu.in_place(out)
     mosaic_gpu.call(

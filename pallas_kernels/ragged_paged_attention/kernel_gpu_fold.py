@@ -22,7 +22,8 @@ from pallas_kernels.mosaic_gpu import (
     power_of_two,
     remainder,
 )
-from pallas_kernels.ragged_paged_attention.kernel_gpu_ring import Job, Scratch, copy_keys_and_values, read_job
+from pallas_kernels.mosaic_gpu_copies import Copies
+from pallas_kernels.ragged_paged_attention.kernel_gpu_ring import Copier, Job, Scratch, read_job
 from pallas_kernels.ragged_paged_attention.kernel_gpu_state import (
     LOG2_E,
     State,
@@ -44,6 +45,7 @@ class Worker(NamedTuple):
 
     sizes: Sizes
     registers: Registers
+    copies: Copies
     scratch: Scratch
     lane: Any
     k_scale: Any
@@ -58,7 +60,7 @@ class Worker(NamedTuple):
             rows = self.registers.load(q.at[pl.ds(begin, ROWS), columns])
             for term, array in enumerate(bfloat16_terms(rows, sizes.q_terms)):
                 self.registers.store(self.scratch.queries.at[self.lane, term, :, columns], array)
-        plgpu.commit_smem()
+        self.registers.commit()
 
     def sum_split(self, job: Job, split: Any, step: Any) -> tuple[Any, State]:
         """The state of a split's keys, from none on; the next step."""
@@ -186,7 +188,7 @@ class Worker(NamedTuple):
             content = lax.select(valid, content, self.registers.full(shape, 0.0))
             for target, term in zip(targets, bfloat16_terms(content, len(targets)), strict=True):
                 self.registers.store(target.at[:, columns], term)
-        plgpu.commit_smem()
+        self.registers.commit()
 
     def store_output(self, out: Any, job: Job, state: State, sink: Any) -> None:
         """out[TOKEN ... TOKEN + QUERIES - 1, the kv head's query heads, the part's columns]."""
@@ -198,17 +200,17 @@ class Worker(NamedTuple):
             rows = self.scratch.out_rows.at[self.lane]
             piece = finished(piece, self.registers.across(total, PIECE), self.v_scale)
             self.registers.store(rows, piece.astype(sizes.q_dtype))
-            plgpu.commit_smem()
+            self.registers.commit()
             columns = pl.ds(job.part * sizes.columns + i * PIECE, PIECE)
 
             def store(query: Any, carry: Any, rows: Any = rows, columns: Any = columns) -> Any:
                 begin = (job.token + query) * sizes.num_heads + job.head * sizes.group
                 source = rows.at[pl.ds(query * sizes.group, sizes.group)]
-                plgpu.copy_smem_to_gmem(source, out.at[pl.ds(begin, sizes.group), columns])
+                self.copies.send(source, out.at[pl.ds(begin, sizes.group), columns])
                 return carry
 
             loop(0, job.queries, store, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.copies.sent()
 
     def store_state(self, tops: Any, totals: Any, values: Any, job: Job, state: State) -> None:
         """The state of a decoding sequence's split: one query, so the first G rows."""
@@ -217,11 +219,11 @@ class Worker(NamedTuple):
         for i, piece in enumerate(state.values):
             rows = self.scratch.state_rows.at[self.lane]
             self.registers.store(rows, piece)
-            plgpu.commit_smem()
+            self.registers.commit()
             columns = pl.ds(job.part * sizes.columns + i * PIECE, PIECE)
             target = values.at[pl.ds(heads, sizes.group), columns]
-            plgpu.copy_smem_to_gmem(rows.at[pl.ds(0, sizes.group)], target)
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self.copies.send(rows.at[pl.ds(0, sizes.group)], target)
+            self.copies.sent()
 
         @pl.when(job.part == 0)
         def _() -> None:
@@ -236,7 +238,7 @@ def pairs_of_terms(left: int, right: int) -> list[tuple[int, int]]:
     return sorted(pairs, key=lambda pair: -sum(pair))
 
 
-def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scratch) -> None:
+def attention_body(sizes: Sizes, registers: Registers, copies: Copies, refs: Any, scratch: Scratch) -> None:
     """What each warpgroup of each CTA does: job after job, `workers` apart."""
     tiles = sizes.tiles
     cta, warpgroup = lax.axis_index("cta"), lax.axis_index("warpgroup")
@@ -247,25 +249,19 @@ def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scrat
 
     @pl.when(warpgroup >= tiles.lanes)
     def _() -> None:
-        share_registers(tiles.lanes, copies=True)
+        share_registers(sizes, copies=True)
+        copier = Copier(sizes, copies, scratch, lane, refs.tables, refs.pool)
 
         def copy(nth: Any, step: Any) -> Any:
-            job = read_job(sizes, refs.items, worker + nth * tiles.workers)
-            return copy_keys_and_values(sizes, job, step, lane, refs.tables, refs.pool, scratch)
+            return copier.copy_keys_and_values(read_job(sizes, refs.items, worker + nth * tiles.workers), step)
 
-        steps = loop(0, jobs, copy, jnp.int32(0))
-
-        def drain(step: Any, carry: Any) -> Any:  # a barrier's last phase is seen before its memory goes away
-            plgpu.barrier_wait(scratch.emptied.at[lane * tiles.ring + remainder(step, tiles.ring)])
-            return carry
-
-        loop(lax.max(steps - tiles.ring, jnp.int32(0)), steps, drain, jnp.int32(0))
+        copier.finish(loop(0, jobs, copy, jnp.int32(0)))
 
     @pl.when(warpgroup < tiles.lanes)
     def _() -> None:
-        share_registers(tiles.lanes, copies=False)
+        share_registers(sizes, copies=False)
         k_scale, v_scale = (refs.scales[0], refs.scales[1]) if sizes.has_scales else (None, None)
-        this = Worker(sizes, registers, scratch, lane, k_scale, v_scale)
+        this = Worker(sizes, registers, copies, scratch, lane, k_scale, v_scale)
 
         def work(nth: Any, step: Any) -> Any:
             job = read_job(sizes, refs.items, worker + nth * tiles.workers)
@@ -284,10 +280,10 @@ def attention_body(sizes: Sizes, registers: Registers, refs: Any, scratch: Scrat
         loop(0, jobs, work, jnp.int32(0))
 
 
-def share_registers(lanes: int, *, copies: bool) -> None:
+def share_registers(sizes: Sizes, *, copies: bool) -> None:
     """Four warpgroups have 128 registers a thread each: 80 of a copying one's go to one that multiplies, which holds
     64 of merged values, 64 of the split's, 32 of a product and 16 of weights. Two warpgroups have 255 each."""
-    if lanes == 2:
+    if sizes.tiles.lanes == 2 and sizes.generation.has_tma:  # the instruction is as old as the copy engine
         plgpu.set_max_registers(48 if copies else 208, action="decrease" if copies else "increase")
 
 

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.mosaic_gpu import PIECE, ROWS, divide, divide_up, loop, remainder, tiled
+from pallas_kernels.mosaic_gpu_copies import Copies
 from pallas_kernels.ragged_paged_attention.kernel_gpu_work import (
     END_SPLIT,
     FIRST_SPLIT,
@@ -44,16 +45,16 @@ class Scratch(NamedTuple):
     converted: Any = None
 
 
-def scratch_of(sizes: Sizes) -> tuple[Any, ...]:
+def scratch_of(sizes: Sizes, copies: Copies) -> tuple[Any, ...]:
     tiles = sizes.tiles
     slots = tiles.lanes * tiles.ring
-    copies = tiles.kv_tile // min(sizes.block_size, tiles.kv_tile)
+    widest = copies.widest_pattern(sizes.columns * jnp.dtype(sizes.kv_dtype).itemsize)
     shapes = [
         tiled((tiles.lanes, sizes.q_terms, ROWS, sizes.head_dim), jnp.bfloat16),
-        tiled((slots, tiles.kv_tile, sizes.columns), sizes.kv_dtype),
+        tiled((slots, tiles.kv_tile, sizes.columns), sizes.kv_dtype, widest),
         plgpu.SMEM((tiles.lanes, ROWS, PIECE), jnp.float32),
         plgpu.SMEM((tiles.lanes, ROWS, PIECE), sizes.q_dtype),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=1 if copies.by_threads else sizes.copies_of_slot, num_barriers=slots),
         plgpu.Barrier(num_arrivals=1, num_barriers=slots),
     ]
     if sizes.converts:
@@ -113,45 +114,85 @@ def read_job(sizes: Sizes, items: Any, number: Any) -> Job:
     )
 
 
-def copy_keys_and_values(sizes: Sizes, job: Job, step: Any, lane: Any, tables: Any, pool: Any, scratch: Scratch) -> Any:
-    """Fills slot after slot of the lane's ring with the job's keys and values; the next step.
+class Copier(NamedTuple):
+    """The warpgroup of a lane that copies: fills slot after slot of the lane's ring."""
 
-    The block ids of a tile are read while the tile before it is under way: a slot never waits for two reads of
-    device memory one after the other.
-    """
-    tiles = sizes.tiles
-    rows = min(sizes.block_size, tiles.kv_tile)
-    copies = tiles.kv_tile // rows
-    first, end = job.tiles(sizes)
+    sizes: Sizes
+    copies: Copies
+    scratch: Scratch
+    lane: Any
+    tables: Any
+    pool: Any
 
-    def block_ids(tile: Any) -> tuple[Any, ...]:
+    def copy_keys_and_values(self, job: Job, step: Any) -> Any:
+        """Of a job; the next step.
+
+        The block ids of a tile are read while the tile before it is under way: a slot never waits for two reads of
+        device memory one after the other.
+        """
+        sizes = self.sizes
+        first, end = job.tiles(sizes)
+
+        def fill_tile(tile: Any, carry: tuple[Any, tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...]]:
+            step, ids = carry
+            next_ids = self.block_ids(job, tile + 1)
+            keys = job.head * (2 * sizes.head_dim)
+            for part in range(sizes.parts):
+                self.fill(tile, ids, keys + part * sizes.columns, step + part)
+            values = keys + sizes.head_dim + job.part * sizes.columns
+            self.fill(tile, ids, values, step + sizes.parts)
+            return step + (sizes.parts + 1), next_ids
+
+        step, _ = loop(first, end, fill_tile, (step, self.block_ids(job, first)))
+        return step
+
+    def block_ids(self, job: Job, tile: Any) -> tuple[Any, ...]:
+        sizes = self.sizes
         last = lax.min(divide(job.length - 1, sizes.block_size), jnp.int32(sizes.table_width - 1))
-        nth = [divide(tile * tiles.kv_tile + i * rows, sizes.block_size) for i in range(copies)]
-        ids = [tables[job.row, lax.min(i, last)] for i in nth]
+        begins = [tile * sizes.tiles.kv_tile + i * sizes.rows_of_copy for i in range(sizes.copies_of_slot)]
+        ids = [self.tables[job.row, lax.min(divide(begin, sizes.block_size), last)] for begin in begins]
         return tuple(lax.max(lax.min(i, jnp.int32(sizes.num_blocks - 1)), jnp.int32(0)) for i in ids)
 
-    def fill(tile: Any, ids: tuple[Any, ...], column: Any, step: Any) -> None:
-        slot = lane * tiles.ring + remainder(step, tiles.ring)
+    def fill(self, tile: Any, ids: tuple[Any, ...], column: Any, step: Any) -> None:
+        sizes, rows, slot = self.sizes, self.sizes.rows_of_copy, self.slot(step)
 
-        @pl.when(step >= tiles.ring)
+        @pl.when(step >= sizes.tiles.ring)
         def _() -> None:
-            plgpu.barrier_wait(scratch.emptied.at[slot])
+            plgpu.barrier_wait(self.scratch.emptied.at[slot])
 
         for i, block in enumerate(ids):
-            begin = block * sizes.block_size + remainder(tile * tiles.kv_tile + i * rows, sizes.block_size)
-            source = pool.at[pl.ds(pl.multiple_of(begin, 8), rows), pl.ds(column, sizes.columns)]
-            target = scratch.ring.at[slot, pl.ds(i * rows, rows)]
-            plgpu.copy_gmem_to_smem(source, target, scratch.filled.at[slot])
+            begin = block * sizes.block_size + remainder(tile * sizes.tiles.kv_tile + i * rows, sizes.block_size)
+            source = self.pool.at[pl.ds(pl.multiple_of(begin, 8), rows), pl.ds(column, sizes.columns)]
+            self.copies.fetch(source, self.scratch.ring.at[slot, pl.ds(i * rows, rows)], self.scratch.filled.at[slot])
 
-    def fill_tile(tile: Any, carry: tuple[Any, tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...]]:
-        step, ids = carry
-        next_ids = block_ids(tile + 1)
-        keys = job.head * (2 * sizes.head_dim)
-        for part in range(sizes.parts):
-            fill(tile, ids, keys + part * sizes.columns, step + part)
-        values = keys + sizes.head_dim + job.part * sizes.columns
-        fill(tile, ids, values, step + sizes.parts)
-        return step + (sizes.parts + 1), next_ids
+        if self.copies.by_threads:
 
-    step, _ = loop(first, end, fill_tile, (step, block_ids(first)))
-    return step
+            @pl.when(step >= self.under_way)
+            def _() -> None:
+                self.copies.report(self.filled(step - self.under_way), self.under_way * sizes.copies_of_slot)
+
+    def finish(self, steps: Any) -> None:
+        """Sees the last slots filled and emptied: a barrier's last phase is seen before its memory goes away."""
+
+        def report(step: Any, carry: Any) -> Any:
+            self.copies.report(self.filled(step), 0)
+            return carry
+
+        def drain(step: Any, carry: Any) -> Any:
+            plgpu.barrier_wait(self.scratch.emptied.at[self.slot(step)])
+            return carry
+
+        if self.copies.by_threads:
+            loop(lax.max(steps - self.under_way, jnp.int32(0)), steps, report, jnp.int32(0))
+        loop(lax.max(steps - self.sizes.tiles.ring, jnp.int32(0)), steps, drain, jnp.int32(0))
+
+    @property
+    def under_way(self) -> int:
+        """Slots behind the one that was filled last that may still be waited for."""
+        return self.sizes.tiles.ring - 1
+
+    def filled(self, step: Any) -> Any:
+        return self.scratch.filled.at[self.slot(step)]
+
+    def slot(self, step: Any) -> Any:
+        return self.lane * self.sizes.tiles.ring + remainder(step, self.sizes.tiles.ring)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import is_fp8
+from pallas_kernels.gpu_generations import Generation
 from pallas_kernels.mosaic_gpu import ROWS
 from pallas_kernels.ragged_paged_attention.tuning_gpu import Tiles, columns_of_slot, terms_of
 
@@ -30,6 +31,7 @@ class Sizes(NamedTuple):
     softcap: float | None
     has_sinks: bool
     tiles: Tiles
+    generation: Generation
 
     @property
     def group(self) -> int:
@@ -49,6 +51,15 @@ class Sizes(NamedTuple):
     def parts(self) -> int:
         """Slots that a head's keys take, and pieces that its values are worked on in, each with all keys."""
         return self.head_dim // self.columns
+
+    @property
+    def rows_of_copy(self) -> int:
+        """What of a tile's keys lies in one block."""
+        return min(self.block_size, self.tiles.kv_tile)
+
+    @property
+    def copies_of_slot(self) -> int:
+        return self.tiles.kv_tile // self.rows_of_copy
 
     @property
     def q_terms(self) -> int:

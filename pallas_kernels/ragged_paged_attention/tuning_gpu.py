@@ -8,10 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from pallas_kernels.common import is_fp8, require
+from pallas_kernels.gpu_generations import HOPPER, Generation
 
-NUM_SMS = 132  # of an H100 SXM and an H200
-SHARED_BYTES = 227 * 1024  # of one CTA, its barriers included
-ROWS = 64  # of a wgmma: queries of a tile times query heads of a kv head
+ROWS = 64  # of a product: queries of a tile times query heads of a kv head
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Tiles:
     kv_split: int = 512
     ring: int = 4
     lanes: int = 2
-    num_ctas: int = NUM_SMS
+    num_ctas: int = HOPPER.num_sms
     max_splits_held: int = 1024
     cut_below: int = 4
 
@@ -82,23 +81,33 @@ def shared_bytes(tiles: Tiles, head_dim: int, q_dtype: Any, kv_dtype: Any) -> in
     return tiles.lanes * (queries + ring + converted + outgoing) + 4096  # barriers, alignment, reductions
 
 
-def default_tiles(head_dim: int, q_dtype: Any, kv_dtype: Any) -> Tiles:
-    """Tiles for an H100 or H200, by what fits its shared memory: as many slots as there is room for, 8 at most."""
+def default_tiles(head_dim: int, q_dtype: Any, kv_dtype: Any, generation: Generation = HOPPER) -> Tiles:
+    """Tiles by what fits the generation's shared memory: as many slots as there is room for, 8 at most.
+
+    Two lanes where a thread that multiplies can be given more registers than one that copies, and both fit.
+    """
     wide_tile = 128 if head_dim == 64 and terms_of(kv_dtype) != 3 else 64
-    lanes = 1 if terms_of(q_dtype) == 3 or head_dim == 256 else 2
+    two_lanes = generation.has_tma and terms_of(q_dtype) == 1 and head_dim < 256
     fitting = [
         tiles
+        for lanes in ((1, 2) if two_lanes else (1,))
         for ring in range(2, 9)
-        if shared_bytes(tiles := Tiles(kv_tile=wide_tile, ring=ring, lanes=lanes), head_dim, q_dtype, kv_dtype)
-        <= SHARED_BYTES
-    ]
-    require(bool(fitting), f"no ring fits {SHARED_BYTES} bytes of shared memory at head_dim {head_dim}, {q_dtype}")
+        if shared_bytes(
+            tiles := Tiles(kv_tile=wide_tile, ring=ring, lanes=lanes, num_ctas=generation.num_sms),
+            head_dim, q_dtype, kv_dtype,
+        ) <= generation.shared_bytes
+    ]  # fmt: skip
+    found = f"head_dim {head_dim}, {jnp.dtype(q_dtype)}"
+    require(bool(fitting), f"no ring fits {generation.shared_bytes} bytes of shared memory at {found}")
     return fitting[-1]
 
 
-def check_tiles(tiles: Tiles, head_dim: int, q_dtype: Any, kv_dtype: Any) -> None:
-    """Raises ValueError where the tiles do not fit an SM."""
-    needed = shared_bytes(tiles, head_dim, q_dtype, kv_dtype)
+def check_tiles(tiles: Tiles, head_dim: int, q_dtype: Any, kv_dtype: Any, generation: Generation = HOPPER) -> None:
+    """Raises ValueError where the tiles do not fit an SM, or the GPU cannot read what is stored."""
+    needed, most = shared_bytes(tiles, head_dim, q_dtype, kv_dtype), generation.shared_bytes
     kind = "fp8" if is_fp8(kv_dtype) else str(jnp.dtype(kv_dtype))
     found = f"{tiles.lanes} lanes of {tiles.ring} slots, head_dim {head_dim}, {kind} need {needed} bytes"
-    require(needed <= SHARED_BYTES, f"{found} of shared memory: an SM has {SHARED_BYTES}; take fewer slots or lanes")
+    require(needed <= most, f"{found} of shared memory: an SM has {most}; take fewer slots or lanes")
+    what = f"the cache holds {jnp.dtype(kv_dtype)}: an {generation.name} GPU has no instruction that reads fp8"
+    fits = generation.converts_fp8 or not is_fp8(kv_dtype)
+    require(fits, f"{what}; compute capability 8.9 and later have one, and every cache can be kept in bfloat16")

@@ -25,6 +25,8 @@ from jaxserve.types import Delta
 TPU = SimpleNamespace(platform="tpu", device_kind="TPU v6 lite")
 HOPPER = SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
 AMPERE = SimpleNamespace(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
+BLACKWELL = SimpleNamespace(platform="gpu", device_kind="NVIDIA B200", compute_capability="10.0")
+TURING = SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
 CPU = SimpleNamespace(platform="cpu", device_kind="cpu")
 METAL = SimpleNamespace(platform="METAL", device_kind="Metal")
 
@@ -46,6 +48,16 @@ def test_kernels_are_for_their_devices(wide: ModelConfig) -> None:
     assert choose(wide, TPU, "xla") == ("xla", "asked for")
 
 
+@pytest.mark.parametrize("device", [AMPERE, BLACKWELL], ids=lambda device: device.device_kind)
+def test_gpus_other_than_hopper_have_kernels_where_jax_has_their_instructions(wide: ModelConfig, device: Any) -> None:
+    found = choose(wide, device)
+    if jax.__version_info__ >= (0, 11):
+        assert found == ("gpu", "covered")
+    else:
+        assert found.backend == "xla"
+        assert "need jax 0.11" in found.reason
+
+
 @pytest.mark.parametrize(
     ("device", "changes", "config", "dtype", "why"),
     [
@@ -53,7 +65,7 @@ def test_kernels_are_for_their_devices(wide: ModelConfig) -> None:
         (CPU, {}, {"tensor_parallel_size": 2}, "bfloat16", "the CPU's kernels run on one device"),
         (CPU, {}, {}, "float16", "the cache holds float16: the CPU's kernels have bfloat16, float32"),
         (CPU, {"head_dim": 514}, {}, "float32", "head_dim is 514: the CPU's kernels have even ones up to 512"),
-        (AMPERE, {}, {}, "bfloat16", r"compute capability is 8\.0: .* only 9\.0 \(H100, H200\) has"),
+        (TURING, {}, {}, "bfloat16", r"compute capability is 7\.5: the kernels have 8\.0, 8\.6"),
         (TPU, {"head_dim": 80}, {}, "bfloat16", "head_dim is 80: the kernels have 64, 128, 256"),
         (TPU, {}, {"block_size": 8}, "bfloat16", "block_size is 8: the kernels have 16, 32, 64, 128"),
         (HOPPER, {}, {}, "float16", "the cache holds float16"),

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.gpu_generations import AMPERE, HOPPER, Generation
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.kernel_gpu import attention_gpu
 from pallas_kernels.ragged_paged_attention.kernel_gpu_work import PLACE, list_work
 from pallas_kernels.ragged_paged_attention.kernel_gpu_work import Sizes as KernelSizes
 from pallas_kernels.ragged_paged_attention.ref import attention_reference
@@ -27,15 +29,19 @@ TILES = Tiles(kv_tile=64, kv_split=64, ring=3, lanes=1, num_ctas=1, max_splits_h
 
 @dataclass(frozen=True)
 class Setting:
-    """One compiled program of the random tests; looking for races takes a third of its time, so two look."""
+    """One compiled program of the random tests; looking for races takes a third of its time, so four look.
+
+    Interpreted, Blackwell is Hopper: its copies are the same and products are the interpreter's.
+    """
 
     sizes: Sizes
     tiles: Tiles = TILES
     options: dict[str, Any] = field(default_factory=dict)
     races: bool = False
+    generation: Generation = HOPPER
 
     def __hash__(self) -> int:
-        return hash((self.sizes, self.tiles, tuple(self.options.items())))
+        return hash((self.sizes, self.tiles, tuple(self.options.items()), self.generation))
 
 
 SMALL = Sizes(
@@ -70,6 +76,8 @@ SETTINGS = {
     ),
     "fp8_float32": Setting(replace(SMALL, num_tokens=10, dtype="float32", kv_dtype="float8_e5m2")),
 }
+SETTINGS["ampere"] = replace(SETTINGS["plain"], generation=AMPERE)
+SETTINGS["ampere_float32"] = replace(SETTINGS["float32"], generation=AMPERE, tiles=replace(TILES, ring=2))
 
 
 def options_of(setting: Setting) -> dict[str, Any]:
@@ -85,7 +93,11 @@ def program(setting: Setting) -> Any:
     static = options_of(setting) | {"scale": SCALE, "tiles": setting.tiles}
     if (setting.sizes.kv_dtype or "").startswith("float8"):
         static |= {"k_scale": 0.03, "v_scale": 0.02}
-    return jax.jit(partial(ragged_paged_attention, backend="gpu", interpret=params(setting.races), **static))
+    if setting.generation is HOPPER:
+        call = partial(ragged_paged_attention, backend="gpu")
+    else:
+        call = partial(attention_gpu, generation=setting.generation)
+    return jax.jit(partial(call, interpret=params(setting.races), **static))
 
 
 @cache
@@ -124,7 +136,7 @@ def queries_of(sequence: Sequence, begin: int, end: int) -> Sequence:
     return Sequence(sequence.queries[begin - first : end - first], sequence.kv[:end])
 
 
-@pytest.mark.parametrize("name", ["plain", "float32"])
+@pytest.mark.parametrize("name", ["plain", "float32", "ampere"])
 def test_a_token_has_the_same_bits_in_every_company(name: str):
     """Every position as a decoding token, cut into splits and not; in chunks of several sizes; beside others; over
     other blocks; in a wider table: bit for bit."""
@@ -160,13 +172,20 @@ def test_a_token_has_the_same_bits_in_every_company(name: str):
         assert np.array_equal(run(wider, [chunk, sequence], 1), whole), "in a wider table"
 
 
+def test_who_copies_changes_no_bit():
+    """In the interpreter, where products are the same: what threads copy and report is what the engine does."""
+    case = random_case(np.random.default_rng(5), SETTINGS["plain"].sizes, edges=(64, 65, 129))
+    by_engine, by_threads = (np.asarray(program(SETTINGS[name])(*case.arguments)) for name in ("plain", "ampere"))
+    assert np.array_equal(by_engine.view(np.uint16), by_threads.view(np.uint16))
+
+
 def test_sequences_are_cut_only_while_there_is_little_to_do():
     """So that the tests above have seen both paths."""
 
     def places(cut_below: int, held: int) -> list[int]:
         tiles = replace(TILES, cut_below=cut_below, max_splits_held=held)
         sizes = KernelSizes(
-            8, 4, 2, 64, 30, 16, 9, 2, jnp.bfloat16, jnp.bfloat16, SCALE, None, None, False, tiles
+            8, 4, 2, 64, 30, 16, 9, 2, jnp.bfloat16, jnp.bfloat16, SCALE, None, None, False, tiles, HOPPER
         )  # fmt: skip
         ints = partial(jnp.asarray, dtype=jnp.int32)
         work = list_work(sizes, ints([130, 90]), ints([0, 1, 5]), ints([2]), ints([1]))

@@ -1,8 +1,9 @@
 """Every GPU kernel through Mosaic GPU's own lowering at the sizes models have, on a machine without a GPU.
 
 What runs is all that jax does in Python and MLIR: layouts of registers, tilings and swizzles of shared memory, shapes
-and alignment of TMA copies, operands of wgmma, the shared memory that is asked for. What does not: NVIDIA's ptxas,
-which makes machine code when the kernel is first called.
+and alignment of copies, operands of products, the shared memory that is asked for; which instructions a generation
+gets. What does not: Mosaic GPU's passes from there to PTX, which are in jax's CUDA plugin, and NVIDIA's ptxas, both of
+which run when the kernel is first called.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pallas_kernels.block_copy.api import block_copy
 from pallas_kernels.block_transfer.api import block_gather, block_scatter
 from pallas_kernels.kv_write.api import kv_write
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from tests.portability.abstract_gpu import on_gpu
 
 CONTEXT = 32_768
 KERNEL = "mosaic_gpu"
@@ -63,9 +65,11 @@ def attention(
     )
     if kv_dtype:
         options |= {"k_scale": 0.1, "v_scale": 0.1}
-    if "sinks" in options:
-        options["sinks"] = jnp.zeros((heads[0],), jnp.float32)
-    return for_cuda(partial(ragged_paged_attention, scale=0.1, backend="gpu", **options), *arguments)
+    has_sinks = options.pop("sinks", False)
+    call = partial(ragged_paged_attention, scale=0.1, backend="gpu", **options)
+    if not has_sinks:
+        return for_cuda(call, *arguments)
+    return for_cuda(lambda *args: call(*args[:-1], sinks=args[-1]), *arguments, of((heads[0],), "float32"))
 
 
 ATTENTION = [
@@ -87,6 +91,60 @@ ATTENTION = [
 def test_attention(sizes: dict[str, Any]):
     """Two kernels: one over keys, one that merges splits."""
     assert len(kernels_in(attention(**sizes))) == 2
+
+
+# Instructions and operations of MLIR that only some GPUs have.
+WGMMA, MMA, THREADS_COPY, ENGINE_COPIES = (
+    "wgmma.mma_async",
+    "mma.sync",
+    "cp.async.shared.global",
+    "cp.async.bulk.tensor",
+)
+NOT_BEFORE_HOPPER = (WGMMA, ENGINE_COPIES, "expect_tx", "try_wait", "fence.", "elect.sync", "setmaxnreg", "stmatrix")
+GENERATIONS = {
+    "8.0": ((MMA, THREADS_COPY), NOT_BEFORE_HOPPER),
+    "8.9": ((MMA, THREADS_COPY), NOT_BEFORE_HOPPER),
+    "9.0": ((WGMMA, ENGINE_COPIES), (MMA, THREADS_COPY)),
+    "10.0": ((MMA, ENGINE_COPIES), (WGMMA, THREADS_COPY)),
+    "12.0": ((MMA, ENGINE_COPIES), (WGMMA, THREADS_COPY)),
+}
+EVERYWHERE = [
+    {"rows": 1, "tokens": 1, "head_dim": 64, "block_size": 16},
+    {"tokens": 2048, "heads": (24, 8), "block_size": 128},
+    {"heads": (16, 8), "head_dim": 256, "window": 1024, "softcap": 50.0, "block_size": 32},
+    {"heads": (64, 8), "head_dim": 64, "window": 128, "sinks": True},
+    {"dtype": "float32", "head_dim": 64},
+    {"kv_dtype": "float8_e4m3fn", "block_size": 16},
+]
+needs_mma = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU has mma and cp.async since jax 0.11")
+
+
+@needs_mma
+@pytest.mark.parametrize("sizes", EVERYWHERE, ids=lambda sizes: "-".join(str(value) for value in sizes.values()))
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_attention_is_what_each_generation_has(capability: str, sizes: dict[str, Any]):
+    if sizes.get("kv_dtype") and capability == "8.0":
+        pytest.skip("no instruction reads fp8")
+    if sizes.get("dtype") == "float32" and capability in ("8.9", "12.0"):
+        pytest.skip("float32 does not fit 99 KiB")
+    with on_gpu(capability):
+        program = attention(**sizes)
+    assert len(kernels_in(program)) == 2
+    wanted, unwanted = GENERATIONS[capability]
+    assert [name for name in wanted if name not in program] == []
+    assert [name for name in unwanted if name in program] == []
+
+
+@needs_mma
+@pytest.mark.parametrize("capability", GENERATIONS)
+def test_moves_are_what_each_generation_has(capability: str):
+    pool, kv = pool_of(16, 1, 64, "bfloat16"), of((256, 1, 64), "bfloat16")
+    with on_gpu(capability):
+        program = for_cuda(partial(kv_write, backend="gpu"), pool, kv, kv, of((256,)), donate_argnums=0)
+    if capability.startswith("8"):
+        assert [name for name in NOT_BEFORE_HOPPER if name in program] == []
+    else:
+        assert ENGINE_COPIES in program
 
 
 def test_a_context_of_one_split_needs_no_second_kernel():
@@ -114,7 +172,7 @@ def test_moves_are_one_kernel_in_place(dtype: str, block_size: int, head_dim: in
         assert "output_operand_alias<" in program, f"{name}: the kernel does not write in place"
         size = "x".join(str(axis) for axis in pool.shape)
         moved = [line for line in program.splitlines() if f"tensor<{size}x" in line and "stablehlo" in line]
-        assert all("stablehlo.reshape" in line for line in moved), f"{name}: {moved}"
+        assert all("stablehlo.reshape" in line or KERNEL in line for line in moved), f"{name}: {moved}"
     gathered = for_cuda(partial(block_gather, backend="gpu"), pool, ids)
     assert len(kernels_in(gathered)) == 1
 

@@ -20,6 +20,7 @@ from jaxserve.models.params import decoder_specs
 from jaxserve.parallel.specs import map_specs
 from jaxserve.state import StepShape, init_decode_state, init_kv_cache
 from jaxserve.steps import step
+from tests.portability.abstract_gpu import on_gpu
 
 NUM_LAYERS, NUM_ROWS, BLOCK_SIZE, MAX_LEN = 2, 64, 16, 8192
 QWEN3, LLAMA = (replace(MODELS[name], num_layers=NUM_LAYERS, layer_windows=()) for name in ("0.6B", "8B"))
@@ -55,3 +56,13 @@ def test_a_whole_step_lowers_for_cuda_and_writes_its_cache_in_place(
     pool = f"tensor<4096x{BLOCK_SIZE}x{model.num_kv_heads}x{2 * model.head_dim}xbf16>"
     donated = re.findall(rf"%arg\d+: {pool} {{[^}}]*tf.aliasing_output", text)
     assert len(donated) == NUM_LAYERS
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="Mosaic GPU has mma and cp.async since jax 0.11")
+@pytest.mark.parametrize("capability", ["8.0", "10.0"])
+def test_a_whole_step_lowers_for_gpus_other_than_hopper(capability: str) -> None:
+    with on_gpu(capability):
+        text = lowered(QWEN3, 64, 1, "gpu")
+    assert len(re.findall(r"custom_call @mosaic_gpu\w*", text)) == 3
+    assert "mma.sync" in text
+    assert "wgmma" not in text
