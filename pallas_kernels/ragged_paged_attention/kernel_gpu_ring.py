@@ -188,8 +188,9 @@ class Copier(NamedTuple):
 
     @property
     def under_way(self) -> int:
-        """Slots behind the one that was filled last that may still be waited for."""
-        return self.sizes.tiles.ring - 1
+        """Slots behind the one that was begun last that may still be unreported. Whoever multiplies gives none of a
+        tile's keys back before all parts of them are there: reported later, a full ring would wait for itself."""
+        return max(self.sizes.tiles.ring - self.sizes.parts, 0)
 
     def filled(self, step: Any) -> Any:
         return self.scratch.filled.at[self.slot(step)]

@@ -77,6 +77,7 @@ SETTINGS = {
     "fp8_float32": Setting(replace(SMALL, num_tokens=10, dtype="float32", kv_dtype="float8_e5m2")),
 }
 SETTINGS["ampere"] = replace(SETTINGS["plain"], generation=AMPERE)
+SETTINGS["ampere_wide_head"] = replace(SETTINGS["wide_head"], generation=AMPERE)
 SETTINGS["ampere_float32"] = replace(SETTINGS["float32"], generation=AMPERE, tiles=replace(TILES, ring=2))
 
 
