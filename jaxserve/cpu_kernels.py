@@ -10,6 +10,7 @@ import jax
 
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.errors import ConfigError
+from pallas_kernels.linear.api import uncovered_matrix
 from pallas_kernels.native.build import load_kernels
 
 
@@ -27,7 +28,9 @@ def missing_cpu_kernels(config: EngineConfig) -> str | None:
 
 def has_panels(config: EngineConfig, model: ModelConfig) -> bool:
     """Whether weights lie in the CPU's kernels' panels. In a loop over stacked layers each would be copied first."""
-    if config.attention_backend == "xla" or config.stacked_layers or model.dtype == "float16":
+    ins = (model.hidden_size, model.intermediate_size, model.num_heads * model.head_dim)
+    are_covered = all(uncovered_matrix((), (num,), model.dtype) is None for num in ins)
+    if config.attention_backend == "xla" or config.stacked_layers or not are_covered:
         return False
     return jax.default_backend() == "cpu" and missing_cpu_kernels(config) is None
 

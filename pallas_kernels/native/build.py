@@ -133,7 +133,7 @@ def _try(key: str, paths: list[Path]) -> Loaded:
         if wrong is None:
             path.chmod(0o700)
         else:
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process tries, too
     return Loaded(None if wrong else key, wrong)
 
 
