@@ -23,7 +23,6 @@ from pallas_kernels.common import (
     require,
     uncovered_pool,
 )
-from pallas_kernels.ragged_paged_attention.kernel_cpu import attention_cpu
 from pallas_kernels.ragged_paged_attention.ref import attention_reference
 
 
@@ -57,13 +56,11 @@ def ragged_paged_attention(
         block_tables: i32[S, M] blocks of each sequence, in the stream's order, padded with 0 (any id is safe).
         seq_lens: i32[S] keys of each sequence. Its last query stands at position seq_len - 1.
         cu_q_lens: i32[S + 1] where in the stream each sequence's queries begin, and, after the last, where it ends.
-        num_seqs: i32[1] how many of the S sequences there are.
-        num_decode: i32[1] how many of them, at the beginning, have exactly one query.
+        num_seqs, num_decode: i32[1] how many of the S sequences there are, and how many of the first have one query.
         scale: what q k^T is multiplied by.
         window: how many positions, its own included, a query looks back over; None for all.
         softcap: scores become softcap * tanh(score / softcap), before the mask (Gemma 2, arXiv:2408.00118 §2).
-        sinks: f32[N] a score per head that takes part in the sum of the softmax and has no value (gpt-oss;
-            arXiv:2309.17453 §3.2).
+        sinks: f32[N] a score per head that takes part in the softmax's sum and has no value (arXiv:2309.17453 §3.2).
         k_scale, v_scale: what the stored keys and values of an fp8 pool are multiplied by.
         tiles: the backend's `Tiles`; None chooses by `tuning`. They decide the order of sums, so the bits. CPU: none.
         backend: "tpu", "gpu", "cpu" (after `native.build.load_kernels`) or "reference".
@@ -86,6 +83,8 @@ def ragged_paged_attention(
     arguments = (q, cache, block_tables, seq_lens, cu_q_lens, num_seqs, num_decode)
     options: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     if backend == "cpu":
+        from pallas_kernels.ragged_paged_attention.kernel_cpu import attention_cpu
+
         return attention_cpu(*arguments, **options)
     options |= {"k_scale": k_scale, "v_scale": v_scale}
     if backend == "reference":

@@ -72,7 +72,7 @@ ATTENTION_REFUSALS = [
     ({"cache": FP8_POOL, "k_scale": 1.0}, r"was given \['k_scale'\]: pass k_scale and v_scale"),
     ({"cache": FP8_POOL, "k_scale": of((2,)), "v_scale": 1.0}, r"k_scale has shape \(2,\): one number for the whole"),
     ({"k_scale": 1.0, "v_scale": 1.0}, "scales are for fp8 only, leave them"),
-    ({"backend": "triton"}, "backend is 'triton': it must be one of tpu, gpu, reference"),
+    ({"backend": "triton"}, "backend is 'triton': it must be one of tpu, gpu, cpu, reference"),
 ]
 
 
