@@ -100,20 +100,15 @@ ffi::Error run_linear(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer we
   return ffi::Error::Success();
 }
 
-ffi::Error call_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, IntBuffer num_tokens, Output y) {
+template <bool kGated>
+ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, IntBuffer num_tokens, Output y) {
   const auto run = x.element_type() == ffi::DataType::F32 ? run_linear<Float32> : run_linear<BFloat16>;
-  return run(pool, x, weight, num_tokens, y, false);
-}
-
-ffi::Error call_gated_linear(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, IntBuffer num_tokens,
-                             Output y) {
-  const auto run = x.element_type() == ffi::DataType::F32 ? run_linear<Float32> : run_linear<BFloat16>;
-  return run(pool, x, weight, num_tokens, y, true);
+  return run(pool, x, weight, num_tokens, y, kGated);
 }
 
 }  // namespace jaxserve
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::call_linear,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::call<false>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
@@ -121,7 +116,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::call_linear,
                                   .Arg<jaxserve::IntBuffer>()
                                   .Ret<xla::ffi::AnyBuffer>());
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, jaxserve::call_gated_linear,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, jaxserve::call<true>,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()

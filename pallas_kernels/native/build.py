@@ -63,13 +63,13 @@ def _attempts() -> tuple[threading.Lock, list[Loaded]]:
 def load_kernels(folder: Path | None) -> Loaded:
     """Makes the kernels callable in this process, or says why they cannot be had. The first call decides for all.
 
-    What has just been compiled is tried beside the reference, and is none if it is wrong.
+    What has just been compiled is tried (`trial`), and there are none if it is wrong.
 
     Args:
         folder: where what was compiled is kept and looked for; it is made if need be. What lies there is executed: it
             must be this user's alone. None compiles for this process only.
 
-    Cost: 8 s of a core the first time on a machine, some milliseconds after that.
+    Cost: 7 s of a core the first time on a machine, some milliseconds after that.
     """
     lock, results = _attempts()
     with lock:
