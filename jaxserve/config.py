@@ -217,6 +217,7 @@ class EngineLimits:
         exact: only buckets whose bits agree are used.
         attention: "xla", or whose kernels compute it.
         panels: weights lie as the CPU's kernels read them, which then compute all products.
+        skips_padding: what a step costs is the tokens and samples that it is fed, however many its program takes.
         tensor_parallel_size: devices that parameters and cache are cut over.
         stacked_layers: parameters and cache hold all layers in one array each, and a loop runs them.
     """
@@ -238,6 +239,7 @@ class EngineLimits:
     exact: bool = False
     attention: AttentionBackend = "xla"
     panels: bool = False
+    skips_padding: bool = False
     tensor_parallel_size: int = 1
     stacked_layers: bool = False
 

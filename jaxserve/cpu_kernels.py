@@ -10,7 +10,7 @@ import jax
 
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.errors import ConfigError
-from pallas_kernels.linear.api import uncovered_matrix
+from pallas_kernels.linear.api import can_gate, uncovered_matrix
 from pallas_kernels.native.build import load_kernels
 
 
@@ -33,6 +33,12 @@ def has_panels(config: EngineConfig, model: ModelConfig) -> bool:
     if config.attention_backend == "xla" or config.stacked_layers or not are_covered:
         return False
     return jax.default_backend() == "cpu" and missing_cpu_kernels(config) is None
+
+
+def layers_skip_padding(model: ModelConfig) -> bool:
+    """Whether kernels do all of a layer in panels, so that only rows with a token cost time."""
+    covered = model.activation == "silu" and not model.mlp_bias and not model.o_bias
+    return covered and can_gate((2, model.intermediate_size))
 
 
 def private_folder(folder: str) -> Path:

@@ -6,13 +6,12 @@ array of a step, unpacked on the device; `StepOutput` comes back.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt, UInt8
 
 from jaxserve.config import AttentionBackend, ModelConfig
@@ -46,6 +45,7 @@ class StepShape:
         max_blocks: M, entries of a row's block table, a multiple of `kv_tile` / `block_size`.
         block_size: C, tokens a block.
         q_tile, kv_tile: tokens a tile of the attention over prefill chunks, and of keys.
+        sample_tile: rows that the sampler takes at once, up to the last that asks; None takes all.
         max_steps: K, decode steps that one call can run; 1 where a smaller bucket holds a token of each row.
         attention: "xla", or whose kernels compute it.
         interpret_kernels: run them in their interpreter, which a CPU can: for tests.
@@ -57,6 +57,7 @@ class StepShape:
     block_size: int
     q_tile: int
     kv_tile: int
+    sample_tile: int | None = None
     max_steps: int = 1
     attention: AttentionBackend = "xla"
     interpret_kernels: bool = False
@@ -120,7 +121,8 @@ class StepShape:
         return packed
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepBatch:
     """One step's inputs. T tokens: first the decode tokens, one a row, then the prefill chunks.
 
@@ -162,7 +164,8 @@ def unpack(packed: Int[Array, " packed"], shape: StepShape) -> StepBatch:
     return StepBatch(num_decode=num_decode, num_tiles=num_tiles, features=features, num_steps=num_steps, **parts)
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class SamplingState:
     """How each row's tokens are chosen: [R, ...]. Written when a row is given to a sequence.
 
@@ -189,7 +192,8 @@ class SamplingState:
     bad_words: Int[Array, "rows bad_words bad_tokens"]  # right-aligned, padded with -1
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class BeamState:
     """The beams of every search, by row. Rows without the feature BEAM hold leftovers.
 
@@ -206,7 +210,8 @@ class BeamState:
     parents: Int[Array, " rows"]
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class DecodeState:
     """What step n + 1 needs before the host has seen step n, by row. Donated to every step.
 
@@ -230,7 +235,8 @@ class DecodeState:
     beams: BeamState
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class StepOutput:
     """What a step gives back.
 
@@ -248,7 +254,8 @@ class StepOutput:
     beams: Int[Array, "samples beam_columns"]
 
 
-@struct.dataclass
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class KVCache:
     """Paged keys and values: one array a layer, [P, C, K, 2H], a head's key followed by its value.
 
@@ -265,8 +272,8 @@ class KVCache:
     """
 
     layers: tuple[Array, ...]
-    dtype: str = struct.field(pytree_node=False)
-    layers_per_array: int = struct.field(pytree_node=False, default=1)
+    dtype: str = field(metadata={"static": True})
+    layers_per_array: int = field(metadata={"static": True}, default=1)
 
     @property
     def num_blocks(self) -> int:

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxserve.config import ModelConfig
-from jaxserve.models.decoder import OneOf, forward
-from jaxserve.ops.kernel_attention import kernel_attention, kernel_write, stream_sequences
+from jaxserve.models.decoder import Heads, OneOf, forward
+from jaxserve.models.params import are_in_panels
+from jaxserve.ops.kernel_attention import attend_heads, kernel_attention, kernel_write, stream_sequences
 from jaxserve.ops.logprobs import pack_prompt_logprobs
 from jaxserve.ops.next_tokens import no_next_tokens, sample_next_tokens
 from jaxserve.ops.paged_attention import decode_order, paged_attention, write_kv
@@ -184,7 +185,13 @@ def _forward(
         return out, cache
 
     # A row that has ended in a loop stands among the others: padding is what is past the last of all.
-    last = jnp.max(jnp.where(batch.rows < shape.max_rows, jnp.arange(1, shape.num_tokens + 1, dtype=jnp.int32), 0))
+    last = jnp.max(jnp.where(batch.rows < shape.max_rows, jnp.arange(1, shape.num_tokens + 1, dtype=jnp.int32), 0))[
+        None
+    ]
+
+    def attend_fused(window: int | None, cache: jax.Array, heads: Heads) -> tuple[jax.Array, jax.Array]:
+        return attend_heads(heads, cache, slots, last, sequences, dtype=kv.dtype, config=config, window=window)
+
     hidden, layers = forward(
         params,
         kv.layers,
@@ -193,7 +200,8 @@ def _forward(
         attend,
         config,
         max_model_len=max_model_len,
-        num_tokens=last[None],
+        num_tokens=last,
+        attend_heads=attend_fused if shape.attention == "cpu" and are_in_panels(params) else None,
         axis=axis,
     )
     return hidden, replace(kv, layers=layers)

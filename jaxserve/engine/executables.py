@@ -328,4 +328,4 @@ def rebuild_tree(described: Any) -> Any:
 
 
 def _is_node(field: Any) -> bool:
-    return field.metadata.get("pytree_node", True)
+    return not field.metadata.get("static", False)

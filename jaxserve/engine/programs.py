@@ -31,6 +31,8 @@ from jaxserve.steps import admit_row, count_fields, count_stored, row_fields, se
 from jaxserve.types import MAX_BEAM_WIDTH
 from pallas_kernels.common import tpu_pool_format
 
+SAMPLE_TILE = 8
+
 Programs = dict[str, partial[Any]]  # name -> lowering, with the arguments' shapes
 
 _WHOLE = PartitionSpec()
@@ -46,6 +48,7 @@ def step_shape(limits: EngineLimits, num_tokens: int) -> StepShape:
         block_size=limits.block_size,
         q_tile=min(limits.q_tile, num_tokens),
         kv_tile=limits.kv_tile,
+        sample_tile=SAMPLE_TILE if limits.skips_padding else None,
         max_steps=limits.max_decode_steps if num_tokens <= limits.decode_bucket else 1,
         attention=limits.attention,
     )

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
+from jaxserve.ops.tiles import in_tiles
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import BEAM, BEAM_COLUMNS, BeamState, DecodeState, KVCache
 from jaxserve.types import MAX_BEAM_WIDTH
@@ -30,6 +31,9 @@ def select_beams(
     state: DecodeState,
     rows: Int[Array, " samples"],
     axis: Axis = ONE_DEVICE,
+    *,
+    num_asked: Int[Array, ""] | int = 0,
+    tile: int | None = None,
 ) -> tuple[Int[Array, " samples"], BeamState, Int[Array, "samples columns"]]:
     """Each search's likeliest continuations that do not stop become its beams, the likeliest in the row of beam 0.
 
@@ -40,6 +44,8 @@ def select_beams(
         tokens: what rows without beams sampled.
         rows: each sample's row; R for padding. All beams of a search are among them.
         axis: the devices that share the samples.
+        num_asked, tile: how many rows, at the beginning, hold a sample, and how many are looked at at once; without a
+            tile all are.
 
     Returns:
         The tokens, those of beams replaced; scores and parents brought up to date; and an answer for the host,
@@ -49,9 +55,10 @@ def select_beams(
     num_rows = state.last_token.shape[0]
     row = jnp.minimum(rows, num_rows - 1)
     is_beam = (rows < num_rows) & ((state.sampling.features[row] & BEAM) != 0)
-    sums, ids, stop_sums, stop_tokens = (
-        axis.gather(found, len(rows)) for found in _continuations(logits, state, axis.own(axis.pad(row)))
+    continuations = in_tiles(
+        lambda logits, row: _continuations(logits, state, row), (logits, axis.own(axis.pad(row))), num_asked, tile
     )
+    sums, ids, stop_sums, stop_tokens = (axis.gather(found, len(rows)) for found in continuations)
     slot, place, score = _rank(sums, state, row, rows)
     parent = jnp.take_along_axis(state.beams.peers[row], slot[:, None], axis=-1)[:, 0]
     parent = jnp.where(is_beam & (parent >= 0), parent, row)  # only NaN can lead past the search's beams

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxserve.config import ModelConfig
+from jaxserve.models.decoder import Heads
 from jaxserve.state import StepBatch, StepShape
 from pallas_kernels.kv_write.api import kv_write
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from pallas_kernels.rope_write.api import rope_write
 
 
 class Sequences(NamedTuple):
@@ -98,3 +101,37 @@ def kernel_attention(
         interpret=shape.interpret_kernels,
     )
     return out.reshape(q.shape).astype(jnp.float32)
+
+
+def attend_heads(
+    heads: Heads,
+    cache: Array,
+    slots: Int[Array, " tokens"],
+    num_tokens: Int[Array, "1"],
+    sequences: Sequences,
+    *,
+    dtype: str,
+    config: ModelConfig,
+    window: int | None,
+) -> tuple[Float[Array, "tokens kv_heads groups head_dim"], Array]:
+    """A layer from its heads to attention's result, of the cache's dtype, and the cache: a CPU's two kernels.
+
+    Args:
+        num_tokens: how many of the stream are somebody's; what comes back of the others may be anything.
+    """
+    q, cache = rope_write(
+        heads.qkv,
+        *heads.tables,
+        cache,
+        slots,
+        num_tokens,
+        dtype=dtype,
+        scale=config.head_dim**-0.5,
+        eps=config.rms_norm_eps,
+        bias=heads.layer.get("qkv_bias"),
+        q_norm=heads.layer.get("q_norm"),
+        k_norm=heads.layer.get("k_norm"),
+    )
+    flat = q.reshape(len(q), -1, config.head_dim)
+    out = ragged_paged_attention(flat, cache, *sequences, scale=1.0, window=window, backend="cpu")
+    return out.reshape(q.shape), cache

@@ -17,11 +17,11 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.models.decoder import logits as compute_logits
+from jaxserve.ops.tiles import in_tiles
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
-from jaxserve.state import LOGPROB_COLUMNS
 from jaxserve.types import MAX_LOGPROBS, TokenLogprobs
 
-_PROMPT_CHUNK = 64  # prompt positions whose logits exist at once: 64 x 150k float32 are 39 MB
+_PROMPT_TILE = 64  # prompt positions whose logits exist at once: 64 x 150k float32 are 39 MB
 
 
 def pack_logprobs(
@@ -45,26 +45,23 @@ def pack_prompt_logprobs(
     vocab_size: int,
     axis: Axis = ONE_DEVICE,
 ) -> Int[Array, "tokens columns"]:
-    """int32 [T, 42]: for each token of the stream, the logprobs of the token that follows it.
+    """int32 [T, 42]: for each token of the stream, the logprobs of the token that follows it; anything where none does.
 
     Args:
         axis: the devices that the vocabulary is cut over; each takes a share of the tokens.
     """
-    num_tokens = hidden.shape[0]
-    chunk = min(_PROMPT_CHUNK, num_tokens)
-    chunk += -chunk % axis.size
-    pad = -num_tokens % chunk
-    chunks = (
-        jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, chunk, hidden.shape[1]),
-        jnp.pad(targets, (0, pad)).reshape(-1, chunk),
-    )
+    num_tokens = len(hidden)
+    tile = min(_PROMPT_TILE, num_tokens)
+    tile += -tile % axis.size
+    pad = -num_tokens % tile
 
-    def pack(chunk: tuple[jax.Array, jax.Array]) -> jax.Array:
-        logits = axis.own_whole(compute_logits(params, chunk[0]), vocab_size)
-        return axis.gather(pack_logprobs(logits, axis.own(jnp.maximum(chunk[1], 0))), len(chunk[1]))
+    def pack(hidden: jax.Array, targets: jax.Array) -> jax.Array:
+        logits = axis.own_whole(compute_logits(params, hidden), vocab_size)
+        return axis.gather(pack_logprobs(logits, axis.own(jnp.maximum(targets, 0))), len(targets))
 
-    packed = jax.lax.map(pack, chunks)
-    return packed.reshape(-1, LOGPROB_COLUMNS)[:num_tokens]
+    num_wanted = jnp.max(jnp.where(targets >= 0, jnp.arange(1, num_tokens + 1, dtype=jnp.int32), 0))
+    arrays = jnp.pad(hidden, ((0, pad), (0, 0))), jnp.pad(targets, (0, pad))
+    return in_tiles(pack, arrays, num_wanted, tile)[:num_tokens]
 
 
 def unpack_logprobs(packed: np.ndarray, token_id: int, num_top: int) -> TokenLogprobs:

@@ -16,6 +16,7 @@ from jaxserve.models.decoder import logits
 from jaxserve.ops.beams import no_beams, select_beams
 from jaxserve.ops.logprobs import pack_logprobs
 from jaxserve.ops.sampling import sample
+from jaxserve.ops.tiles import in_tiles
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import BEAM, LOGPROB_COLUMNS, LOGPROBS, BeamState, DecodeState, StepBatch, StepShape
 
@@ -35,21 +36,31 @@ def sample_next_tokens(
     """Logits, tokens, and what follows from them, of the rows that ask."""
     index = axis.pad(jnp.minimum(batch.sample_index, shape.num_tokens - 1))
     positions = batch.positions[index] + 1
-    raw = axis.own_whole(logits(params, hidden[index]), vocab_size)  # [S, V], or this device's share of S
+    asked = jnp.where(batch.sample_rows < shape.max_rows, jnp.arange(1, shape.num_samples + 1, dtype=jnp.int32), 0)
+    num_asked = jnp.max(asked)
+    raw = logits(params, hidden[index], num_asked[None])
+    raw = axis.own_whole(raw, vocab_size)  # [S, V], or this device's share of S
     rows = axis.own(axis.pad(batch.sample_rows, shape.max_rows))
-    own_tokens, own_finite = sample(raw, state, rows, axis.own(positions), batch.features)
+
+    def sample_rows(raw: jax.Array, rows: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return sample(raw, state, rows, positions, batch.features)
+
+    tile = shape.sample_tile if axis.size == 1 else None
+    own_tokens, own_finite = in_tiles(sample_rows, (raw, rows, axis.own(positions)), num_asked, tile)
     tokens, finite = _gathered(own_tokens, own_finite, shape.num_samples, axis)
     positions = positions[: shape.num_samples]
     tokens, beams, beam_answer = jax.lax.cond(
         (batch.features & BEAM) != 0,
-        lambda: select_beams(raw, tokens, state, batch.sample_rows, axis),
+        lambda: select_beams(raw, tokens, state, batch.sample_rows, axis, num_asked=num_asked, tile=tile),
         lambda: no_beams(tokens, state),
     )
     return (
         jnp.stack([tokens, (~finite).astype(jnp.int32)], axis=-1),
         jax.lax.cond(
             (batch.features & LOGPROBS) != 0,
-            lambda: axis.gather(pack_logprobs(raw, axis.own(axis.pad(tokens))), shape.num_samples),
+            lambda: axis.gather(
+                in_tiles(pack_logprobs, (raw, axis.own(axis.pad(tokens))), num_asked, tile), shape.num_samples
+            ),
             lambda: jnp.zeros((shape.num_samples, LOGPROB_COLUMNS), jnp.int32),
         ),
         state.last_token.at[batch.sample_rows].set(tokens, mode="drop"),

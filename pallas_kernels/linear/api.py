@@ -80,10 +80,28 @@ def to_matrix(weight: PanelMatrix) -> jax.Array:
     return matrix[: math.prod(weight.outs)].reshape(weight.shape)
 
 
-def take_rows(weight: PanelMatrix, ids: jax.Array) -> jax.Array:
-    """[T, *ins]: those rows of a matrix with one axis of outputs, such as an embedding that is the head as well."""
+def take_rows(
+    weight: PanelMatrix, ids: jax.Array, num_tokens: jax.Array | None = None, *, backend: str = "cpu"
+) -> jax.Array:
+    """float32 [T, *ins]: those rows of a matrix with one axis of outputs, such as an embedding that is the head too.
+
+    Args:
+        ids: i32[T].
+        num_tokens: i32[1] how many of the T, at the beginning, are looked up; the others may come back as anything.
+            None for all.
+        backend: "cpu", after `native.build.load_kernels`, or "reference".
+
+    Raises:
+        ValueError: the matrix has several axes of outputs.
+    """
+    _check_backend(backend)
     require(len(weight.outs) == 1, f"the matrix has outputs {weight.outs}: rows are taken along one axis")
-    return weight.panels[ids // WIDTH, :, ids % WIDTH].reshape(len(ids), *weight.ins)
+    if backend == "reference":
+        rows = weight.panels[ids // WIDTH, :, ids % WIDTH].astype(jnp.float32)
+    else:
+        shape = jax.ShapeDtypeStruct((len(ids), math.prod(weight.ins)), jnp.float32)
+        rows = jax.ffi.ffi_call("jaxserve_take_rows", shape)(weight.panels, ids, _all_if_none(num_tokens, ids))
+    return rows.reshape(len(ids), *weight.ins)
 
 
 def linear(
@@ -93,7 +111,8 @@ def linear(
 
     Args:
         x: [T, *ins] of the weight's dtype.
-        num_tokens: i32[1] how many of the T, at the beginning, are computed; None for all. The others are zeros.
+        num_tokens: i32[1] how many of the T, at the beginning, are computed; None for all. The others may come back as
+            anything: nothing is written there.
         backend: "cpu", after `native.build.load_kernels`, or "reference".
 
     Returns:
@@ -127,7 +146,7 @@ def gated_linear(
         ValueError: x does not fit the weight, or the weight is none of these.
     """
     rows = _rows(x, weight, backend)
-    require(can_gate(weight), f"the weight has outputs {weight.outs}: they must be (2, a multiple of {WIDTH})")
+    require(can_gate(weight.outs), f"the weight has outputs {weight.outs}: they must be (2, a multiple of {WIDTH})")
     width = weight.outs[1]
     if backend == "reference":
         wide = _reference(rows, to_matrix(weight).reshape(2 * width, -1), num_tokens)
@@ -136,18 +155,22 @@ def gated_linear(
     return call(rows, weight.panels, _all_if_none(num_tokens, x))
 
 
-def can_gate(weight: PanelMatrix) -> bool:
-    """Whether `gated_linear` takes a matrix: two halves of whole panels."""
-    return len(weight.outs) == 2 and weight.outs[0] == 2 and weight.outs[1] % WIDTH == 0
+def can_gate(outs: tuple[int, ...]) -> bool:
+    """Whether `gated_linear` takes a matrix with these axes of outputs: two halves of whole panels."""
+    return len(outs) == 2 and outs[0] == 2 and outs[1] % WIDTH == 0
 
 
 def _rows(x: jax.Array, weight: PanelMatrix, backend: str) -> jax.Array:
-    require(backend in ("cpu", "reference"), f"backend is {backend!r}: it must be cpu or reference")
+    _check_backend(backend)
     fits = x.ndim == 1 + len(weight.ins) and x.shape[1:] == weight.ins and x.dtype == weight.dtype
     found, wanted = f"{x.dtype}{list(x.shape)}", f"{weight.dtype}{['tokens', *weight.ins]}"
     require(fits, f"x is {found}: the weight takes {wanted}")
     require(len(x) >= 1, "x holds no token: one at least")
     return x.reshape(len(x), -1)
+
+
+def _check_backend(backend: str) -> None:
+    require(backend in ("cpu", "reference"), f"backend is {backend!r}: it must be cpu or reference")
 
 
 def _all_if_none(num_tokens: jax.Array | None, x: jax.Array) -> jax.Array:

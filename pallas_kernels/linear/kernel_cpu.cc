@@ -9,7 +9,7 @@ constexpr int64_t kTaskRows = 384;       // of which each reads its weights agai
 
 // Runs run(panel, first row, number of rows) for every panel and row, in pieces that go to the pool's threads.
 template <typename Run>
-void for_panels(ffi::ThreadPool& pool, int64_t num_panels, int64_t panel_bytes, int64_t num_rows, const Run& run) {
+void for_panels(const Pool& pool, int64_t num_panels, int64_t panel_bytes, int64_t num_rows, const Run& run) {
   const int64_t most = std::max<int64_t>(kTaskBytes / panel_bytes, 1);
   const int64_t panels = std::clamp<int64_t>(num_panels / (4 * pool.num_threads()), 1, most);
   const int64_t row_parts = (num_rows + kTaskRows - 1) / kTaskRows;
@@ -23,7 +23,7 @@ void for_panels(ffi::ThreadPool& pool, int64_t num_panels, int64_t panel_bytes, 
 
 // The first `num_rows` rows of y [.., num_columns].
 template <typename T>
-void linear(ffi::ThreadPool& pool, const typename T::Unit* x, const typename T::Unit* weight, int64_t num_rows,
+void linear(const Pool& pool, const typename T::Unit* x, const typename T::Unit* weight, int64_t num_rows,
             int64_t depth, int64_t num_columns, float* y) {
   const int64_t num_panels = (num_columns + kWidth - 1) / kWidth, panel_size = depth * kWidth;
   const int64_t panel_bytes = panel_size * sizeof(typename T::Unit);
@@ -45,7 +45,7 @@ inline Vector silu(Vector x) { return x / (1.0f + exp(-x)); }
 // The first `num_rows` rows of silu(x @ gate.T) * (x @ up.T), rounded to x's type: the weight's first half of panels is
 // the gate's, its second one that of up. What is twice as wide is never written to memory.
 template <typename T>
-void gated_linear(ffi::ThreadPool& pool, const typename T::Unit* x, const typename T::Unit* weight,
+void gated_linear(const Pool& pool, const typename T::Unit* x, const typename T::Unit* weight,
                   int64_t num_rows, int64_t depth, int64_t num_columns, typename T::Unit* y) {
   const int64_t num_panels = num_columns / kWidth, panel_size = depth * kWidth;
   const int64_t panel_bytes = 2 * panel_size * sizeof(typename T::Unit);
@@ -66,60 +66,76 @@ void gated_linear(ffi::ThreadPool& pool, const typename T::Unit* x, const typena
   });
 }
 
-// What XLA calls: arguments decoded and checked.
-
-bool are_panels(ffi::AnyBuffer weight, int64_t num_panels, int64_t depth) {
-  const auto sizes = weight.dimensions();
-  return sizes.size() == 4 && sizes[0] == num_panels && sizes[1] == depth && sizes[2] == kWidth;
+// to[t] = row ids[t] of a matrix in panels, as float32.
+template <typename T>
+void take_row(const typename T::Unit* panels, int64_t depth, int64_t id, float* to) {
+  const typename T::Unit* from = panels + id / kWidth * depth * kWidth + id % kWidth;
+  for (int64_t unit = 0; unit < depth; ++unit) T::spell(from[unit * kWidth], to + unit * T::kDepth);
 }
 
-// Rows of a step that hold a token; those past it become zeros.
-int64_t fed_rows(ffi::AnyBuffer x, IntBuffer num_tokens, Output& y) {
-  const int64_t all = x.dimensions()[0], fed = std::clamp<int64_t>(num_tokens.typed_data()[0], 0, all);
-  const int64_t row_bytes = static_cast<int64_t>(y->size_bytes()) / all;
-  std::memset(static_cast<char*>(y->untyped_data()) + fed * row_bytes, 0, (all - fed) * row_bytes);
-  return fed;
+// What XLA calls: arguments decoded and checked.
+
+bool are_panels(Array weight, int64_t num_panels, int64_t depth) {
+  return weight.rank() == 4 && weight.size(0) == num_panels && weight.size(1) == depth && weight.size(2) == kWidth;
+}
+
+// Rows of a step that hold a token: the first so many. The others are nobody's, and nothing is written to them.
+int64_t fed_rows(Array x, Array num_tokens) {
+  return std::clamp<int64_t>(num_tokens.data<int32_t>()[0], 0, x.size(0));
 }
 
 template <typename T>
-ffi::Error run_linear(ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, IntBuffer num_tokens, Output y,
-                      bool is_gated) {
+const char* run_linear(const Call& call, bool is_gated) {
   using Unit = typename T::Unit;
-  const int64_t depth = x.dimensions()[1] / T::kDepth, columns = y->dimensions()[1];
+  const Array x = call.argument(0), weight = call.argument(1), y = call.result(0);
+  const int64_t depth = x.size(1) / T::kDepth, columns = y.size(1);
   const int64_t panels = is_gated ? 2 * (columns / kWidth) : (columns + kWidth - 1) / kWidth;
   if (!are_panels(weight, panels, depth) || (is_gated && columns % kWidth != 0)) {
-    return ffi::Error::InvalidArgument("weights are not in the panels of these outputs and inputs");
+    return "weights are not in the panels of these outputs and inputs";
   }
-  const auto *from = static_cast<const Unit*>(x.untyped_data()), *by = static_cast<const Unit*>(weight.untyped_data());
-  const int64_t rows = fed_rows(x, num_tokens, y);
+  const int64_t rows = fed_rows(x, call.argument(2));
+  const auto *from = x.data<const Unit>(), *by = weight.data<const Unit>();
   if (is_gated) {
-    gated_linear<T>(pool, from, by, rows, depth, columns, static_cast<Unit*>(y->untyped_data()));
+    gated_linear<T>(call.pool(), from, by, rows, depth, columns, y.data<Unit>());
   } else {
-    linear<T>(pool, from, by, rows, depth, columns, static_cast<float*>(y->untyped_data()));
+    linear<T>(call.pool(), from, by, rows, depth, columns, y.data<float>());
   }
-  return ffi::Error::Success();
+  return nullptr;
 }
 
-template <bool kGated>
-ffi::Error call(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight, IntBuffer num_tokens, Output y) {
-  const auto run = x.element_type() == ffi::DataType::F32 ? run_linear<Float32> : run_linear<BFloat16>;
-  return run(pool, x, weight, num_tokens, y, kGated);
+template <typename T>
+const char* run_take_rows(const Call& call) {
+  const Array weight = call.argument(0), ids = call.argument(1), y = call.result(0);
+  const int64_t depth = y.size(1) / T::kDepth, last = weight.size(0) * kWidth - 1;
+  if (!are_panels(weight, weight.size(0), depth)) return "the matrix is not in the panels of these columns";
+  for (int64_t t = 0; t < fed_rows(y, call.argument(2)); ++t) {
+    const int64_t id = std::clamp<int64_t>(ids.data<int32_t>()[t], 0, last);
+    take_row<T>(weight.data<const typename T::Unit>(), depth, id, y.data<float>() + t * y.size(1));
+  }
+  return nullptr;
 }
 
 }  // namespace jaxserve
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_linear, jaxserve::call<false>,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<jaxserve::IntBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+using jaxserve::BFloat16, jaxserve::Float32;
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_gated_linear, jaxserve::call<true>,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<jaxserve::IntBuffer>()
-                                  .Ret<xla::ffi::AnyBuffer>());
+extern "C" XLA_FFI_Error* jaxserve_linear(XLA_FFI_CallFrame* frame) {
+  return jaxserve::handle(frame, 3, 1, [](const jaxserve::Call& call) {
+    const auto run = call.argument(0).is_float32() ? jaxserve::run_linear<Float32> : jaxserve::run_linear<BFloat16>;
+    return run(call, false);
+  });
+}
+
+extern "C" XLA_FFI_Error* jaxserve_gated_linear(XLA_FFI_CallFrame* frame) {
+  return jaxserve::handle(frame, 3, 1, [](const jaxserve::Call& call) {
+    const auto run = call.argument(0).is_float32() ? jaxserve::run_linear<Float32> : jaxserve::run_linear<BFloat16>;
+    return run(call, true);
+  });
+}
+
+extern "C" XLA_FFI_Error* jaxserve_take_rows(XLA_FFI_CallFrame* frame) {
+  return jaxserve::handle(frame, 3, 1, [](const jaxserve::Call& call) {
+    const bool is_float32 = call.argument(0).is_float32();
+    return (is_float32 ? jaxserve::run_take_rows<Float32> : jaxserve::run_take_rows<BFloat16>)(call);
+  });
+}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -29,10 +30,15 @@ from pallas_kernels.native.trial import kernels_error
 logger = logging.getLogger(__name__)
 
 COMPILERS = ("g++", "clang++", "c++")
-HEADERS = ("native/product.h", "native/vector.h", "native/xla.h")
-TARGETS = {  # a library each, and what XLA calls in it
-    "linear/kernel_cpu.cc": ("jaxserve_linear", "jaxserve_gated_linear"),
-    "ragged_paged_attention/kernel_cpu.cc": ("jaxserve_attention",),
+HEADERS = ("native/product.h", "native/rows.h", "native/vector.h", "native/xla.h")
+# Two libraries, for two cores to compile in the same time; what XLA calls in each, by source.
+LIBRARIES = {
+    "layers": {
+        "linear/kernel_cpu.cc": ("jaxserve_linear", "jaxserve_gated_linear", "jaxserve_take_rows"),
+        "rms_norm/kernel_cpu.cc": ("jaxserve_add_rms_norm",),
+        "rope_write/kernel_cpu.cc": ("jaxserve_rope_write",),
+    },
+    "attention": {"ragged_paged_attention/kernel_cpu.cc": ("jaxserve_attention",)},
 }
 # One rounding of a product and its sum wherever the processor has it; no other liberty with float32.
 FLAGS = ("-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-DNDEBUG", "-shared", "-fPIC", "-pthread")
@@ -87,9 +93,9 @@ def _load(folder: Path | None) -> Loaded:
     try:
         with tempfile.TemporaryDirectory() as temporary:
             key, paths = _build(compiler, Path(temporary) if folder is None else folder)
-            for path, names in zip(paths, TARGETS.values(), strict=False):
+            for path, sources in zip(paths, LIBRARIES.values(), strict=True):
                 library = ctypes.CDLL(str(path))  # stays loaded when its file is gone
-                for name in names:
+                for name in itertools.chain.from_iterable(sources.values()):
                     jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
             return Loaded(key, None) if _is_tried(paths) else _try(key, paths)
     except (OSError, subprocess.SubprocessError) as error:
@@ -98,28 +104,30 @@ def _load(folder: Path | None) -> Loaded:
 
 
 def _build(compiler: str, folder: Path) -> tuple[str, list[Path]]:
-    """The key, and the libraries in the order of `TARGETS`, compiled side by side where they are not there."""
-    command = [compiler, *FLAGS, native_target(), "-isystem", jax.ffi.include_dir()]
+    """The key, and the libraries in the order of `LIBRARIES`, compiled side by side where they are not there."""
+    command = [compiler, *FLAGS, native_target()]
     key = _key(command)
+    command += ["-isystem", jax.ffi.include_dir()]  # not in the key: a place, and the version is
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
-    def build(source: str) -> Path:
-        path = folder / f"{PREFIX}{key}-{Path(source).parent.name}.so"
+    def build(library: str) -> Path:
+        path = folder / f"{PREFIX}{key}-{library}.so"
         if path.exists():
             os.utime(path)  # what is not used for long is removed
             return path
-        logger.info("compiling the CPU's kernel %s with %s (once for this machine)", source, compiler)
+        logger.info("compiling the CPU's kernels (%s) with %s, once for this machine", library, compiler)
         part = path.with_suffix(f".{os.getpid()}.part")
         try:
-            _run([*command, str(_ROOT / source), "-o", str(part)])
+            includes = "".join(f'#include "{source}"\n' for source in LIBRARIES[library])  # as one, its headers once
+            _run([*command, "-x", "c++", "-", "-o", str(part.absolute())], includes)
             part.chmod(0o600)  # executable when it has been tried
             part.replace(path)  # a reader sees all or nothing
         finally:
             part.unlink(missing_ok=True)
         return path
 
-    with ThreadPoolExecutor(len(TARGETS)) as pool:
-        return key, list(pool.map(build, TARGETS))
+    with ThreadPoolExecutor(len(LIBRARIES)) as pool:
+        return key, list(pool.map(build, LIBRARIES))
 
 
 def _is_tried(paths: list[Path]) -> bool:
@@ -151,14 +159,16 @@ def _key(command: list[str]) -> str:
     return digest.hexdigest()[:40]
 
 
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S)  # noqa: S603
+def _run(command: list[str], given: str = "") -> str:
+    done = subprocess.run(  # noqa: S603
+        command, input=given, cwd=_ROOT, check=True, capture_output=True, text=True, timeout=TIMEOUT_S
+    )
     return done.stdout
 
 
 def _source_digest() -> str:
     digest = hashlib.sha256()
-    for name in (*TARGETS, *HEADERS):
+    for name in (*itertools.chain.from_iterable(LIBRARIES.values()), *HEADERS):
         content = (_ROOT / name).read_bytes()
         digest.update(f"{name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

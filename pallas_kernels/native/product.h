@@ -24,6 +24,7 @@ struct Float32 {
 
   static Vector add(Vector sum, Unit row, const Unit* columns) { return sum + spread(row) * load<Vector>(columns); }
   static void put(Vector values, Unit* to) { store(to, values); }
+  static void spell(Unit unit, float* to) { *to = unit; }
 };
 
 struct BFloat16 {
@@ -41,6 +42,10 @@ struct BFloat16 {
 #endif
   }
   static void put(Vector values, Unit* to) { store(to, narrow(round_to_bfloat16(values))); }
+  static void spell(Unit unit, float* to) {
+    const uint32_t numbers[kDepth] = {unit << 16, unit & 0xffff0000u};
+    std::memcpy(to, numbers, sizeof(numbers));
+  }
 };
 
 // Operands of a product. Strides are in units, or in numbers of the result.

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.common import FLOAT_DTYPES
-from pallas_kernels.linear.api import gated_linear, linear, to_panels
+from pallas_kernels.linear.api import gated_linear, linear, take_rows, to_panels
 from pallas_kernels.ragged_paged_attention.api import ragged_paged_attention
+from pallas_kernels.rms_norm.api import add_rms_norm
+from pallas_kernels.rope_write.api import rope_write
 
 # Of the largest sum of magnitudes. A float32 chain over 130 numbers errs by 2^-17 of it at most; what is rounded to
 # bfloat16, a softmax weight or a result, errs by 2^-8.
@@ -24,52 +26,114 @@ _BLOCK_SIZE, _HEAD_DIM, _NUM_HEADS, _NUM_KV_HEADS = 16, 34, 6, 2
 _SCALE = _HEAD_DIM**-0.5
 _LENGTHS, _BEGINS = (70, 1, 135), (0, 1, 2, 9)  # of keys, and where queries begin: two decode, one is a chunk
 _TABLES = ((7, 3, 12, 1, 9, 0, 0, 0, 0), (4, 0, 0, 0, 0, 0, 0, 0, 0), (15, 2, 11, 5, 14, 6, 8, 13, 10))
+_SLOTS = (40, 41, 3, 100, 17, 90, 200, 60, 77)  # where the same tokens' keys and values go
+_EPS = 1e-5
+
+_Numbers = dict[str, np.ndarray]
 
 
 def kernels_error() -> str | None:
     """What is wrong with them, as a sentence; None if nothing is. They must be callable."""
     for dtype in FLOAT_DTYPES:
-        for name, found, wanted, allowed in (*_products(dtype), _attention(dtype)):
-            off = float(np.abs(np.asarray(found).astype(np.float64) - wanted).max())
+        given = _given(dtype)
+        # One program of all kernels: each by itself would take XLA a tenth of a second.
+        found = jax.jit(lambda given, dtype=dtype: _run(given, dtype))(given)
+        exact = {name: np.asarray(array).astype(np.float64) for name, array in given.items()}
+        for name, (wanted, allowed) in _wanted(exact, dtype).items():
+            off = float(np.abs(np.asarray(found[name]).astype(np.float64) - wanted).max())
             if not off <= allowed:
                 return f"the CPU's {name} in {dtype} are off by {off:.3g}, where {allowed:.3g} is allowed"
     return None
 
 
-def _products(dtype: str) -> list[tuple[str, jax.Array, np.ndarray, float]]:
-    """(what, what came out, what should, how far it may be off), plain and gated."""
-    x, weight = _values((_NUM_TOKENS, _NUM_INS), dtype), _values((2, _NUM_OUTS, _NUM_INS), dtype)
-    panels = to_panels(weight)
-    x64, gate, up = (np.asarray(array).astype(np.float64) for array in (x, *weight))
-    wanted = np.stack([x64 @ gate.T, x64 @ up.T], axis=1)
-    gated = wanted[:, 0] / (1 + np.exp(-wanted[:, 0])) * wanted[:, 1]
-    magnitude = float((np.abs(x64) @ np.abs(gate).T).max())
-    return [
-        ("products", linear(x, panels), wanted, _ALLOWED * magnitude),
-        ("gated products", gated_linear(x, panels), gated, _ALLOWED_ROUNDED[dtype] * float(np.abs(gated).max())),
-    ]
+def _given(dtype: str) -> _Numbers:
+    num_blocks, num_tokens = 1 + max(map(max, _TABLES)), _BEGINS[-1]
+    pool = _values((num_blocks, _BLOCK_SIZE, _NUM_KV_HEADS, 2 * _HEAD_DIM), dtype)
+    pool[0] = np.nan  # the null block, which is nobody's
+    angles = 3 * _values((num_tokens, _HEAD_DIM // 2), "float32")
+    return {
+        "x": _values((_NUM_TOKENS, _NUM_INS), dtype),
+        "weight": _values((2, _NUM_OUTS, _NUM_INS), dtype),
+        "pool": pool,
+        "q": _values((num_tokens, _NUM_HEADS, _HEAD_DIM), dtype),
+        "qkv": _values((num_tokens, _NUM_KV_HEADS, _NUM_HEADS // _NUM_KV_HEADS + 2, _HEAD_DIM), "float32"),
+        "cos": np.cos(angles),
+        "sin": np.sin(angles),
+        "norm": _values((_HEAD_DIM,), dtype),
+    }
 
 
-def _attention(dtype: str) -> tuple[str, jax.Array, np.ndarray, float]:
-    """In blocks out of order; NaN in the null block, which is nobody's. No value is above 1."""
-    num_blocks = 1 + max(map(max, _TABLES))
-    pool = _values((num_blocks, _BLOCK_SIZE, _NUM_KV_HEADS, 2 * _HEAD_DIM), dtype).at[0].set(jnp.nan)
-    q = _values((_BEGINS[-1], _NUM_HEADS, _HEAD_DIM), dtype)
+def _run(given: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
+    """Every kernel once. Attention in blocks out of order."""
+    x, panels = given["x"], to_panels(given["weight"])
     ints = (jnp.asarray(values, jnp.int32) for values in (_TABLES, _LENGTHS, _BEGINS, [len(_LENGTHS)], [2]))
-    found = ragged_paged_attention(q, pool, *ints, scale=_SCALE, backend="cpu")
-    q64, pool64 = np.asarray(q).astype(np.float64), np.asarray(pool).astype(np.float64)
+    all_of = lambda array: jnp.full((1,), len(array), jnp.int32)  # noqa: E731
+    rows = take_rows(to_panels(given["weight"][0]), jnp.arange(_NUM_TOKENS, dtype=jnp.int32))
+    turned, written = rope_write(
+        *(given[name] for name in ("qkv", "cos", "sin", "pool")),
+        jnp.asarray(_SLOTS, jnp.int32),
+        all_of(given["qkv"]),
+        **{"dtype": dtype, "scale": _SCALE, "eps": _EPS, "q_norm": given["norm"], "k_norm": given["norm"]},
+    )
+    total, normed = add_rms_norm(
+        rows, x.astype(jnp.float32), given["weight"][1, 0], all_of(rows), eps=_EPS, dtype=jnp.dtype(dtype)
+    )
+    return {
+        "products": linear(x, panels),
+        "gated products": gated_linear(x, panels),
+        "attention's results": ragged_paged_attention(given["q"], given["pool"], *ints, scale=_SCALE, backend="cpu"),
+        "sums": total,
+        "norms": normed,
+        "queries": turned,
+        "written keys and values": written.reshape(-1, *written.shape[2:])[jnp.asarray(_SLOTS)],
+    }
+
+
+def _wanted(given: _Numbers, dtype: str) -> dict[str, tuple[np.ndarray, float]]:
+    """What should come out, and how far it may be off. No number that is given is above 1."""
+    x, (gate, up), rounded = given["x"], given["weight"], _ALLOWED_ROUNDED[dtype]
+    products = np.stack([x @ gate.T, x @ up.T], axis=1)
+    gated = products[:, 0] / (1 + np.exp(-products[:, 0])) * products[:, 1]
+    total = gate[:_NUM_TOKENS] + x
+    normed = _normed(total, up[0])
+    heads, weight = given["qkv"], given["norm"]
+    q, k = (_turned(_normed(part, weight), given) for part in (heads[:, :, :-2], heads[:, :, -2]))
+    kv = np.concatenate([k, heads[:, :, -1]], axis=-1)
+    return {
+        "products": (products, _ALLOWED * float((np.abs(x) @ np.abs(gate).T).max())),
+        "gated products": (gated, rounded * float(np.abs(gated).max())),
+        "attention's results": (_attention(given), rounded),
+        "sums": (total, _ALLOWED),
+        "norms": (normed, rounded * float(np.abs(normed).max())),
+        "queries": (q * _SCALE, rounded * float(np.abs(q).max())),
+        "written keys and values": (kv, rounded * float(np.abs(kv).max())),
+    }
+
+
+def _normed(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + _EPS) * weight
+
+
+def _turned(x: np.ndarray, given: _Numbers) -> np.ndarray:
+    low, high = np.split(x, 2, axis=-1)
+    cos, sin = (given[name].reshape(len(x), *[1] * (x.ndim - 2), -1) for name in ("cos", "sin"))
+    return np.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+def _attention(given: _Numbers) -> np.ndarray:
+    q, pool = given["q"], given["pool"]
     wanted = np.zeros(q.shape)
     for table, length, begin, end in zip(_TABLES, _LENGTHS, _BEGINS, _BEGINS[1:], strict=False):
-        kv = pool64[list(table)].reshape(-1, *pool.shape[2:])[:length]
+        kv = pool[list(table)].reshape(-1, *pool.shape[2:])[:length]
         for token in range(begin, end):
             seen = kv[: length - (end - 1 - token)]
             for head in range(_NUM_HEADS):
                 keys, values = np.split(seen[:, head * _NUM_KV_HEADS // _NUM_HEADS], 2, axis=-1)
-                weights = np.exp(keys @ q64[token, head] * _SCALE)
+                weights = np.exp(keys @ q[token, head] * _SCALE)
                 wanted[token, head] = weights @ values / weights.sum()
-    return "attention", found, wanted, _ALLOWED_ROUNDED[dtype]
+    return wanted
 
 
-def _values(shape: tuple[int, ...], dtype: str) -> jax.Array:
+def _values(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """Numbers in [-1, 1] without a pattern that a wrong order would keep."""
-    return jnp.asarray(np.sin(np.arange(math.prod(shape)) ** 1.5).reshape(shape), dtype)
+    return np.sin(np.arange(math.prod(shape)) ** 1.5).reshape(shape).astype(jnp.dtype(dtype))

@@ -1,4 +1,6 @@
-// What kernels have of XLA: its names, and the threads of its own pool, one for each core of the process.
+// What kernels have of XLA: the arguments of a call, and the threads of its own pool, one for each core of the process.
+//
+// Through XLA's C interface: the C++ one on top of it takes a compiler longer than the kernels do.
 #pragma once
 
 #include <algorithm>
@@ -6,13 +8,97 @@
 #include <memory>
 #include <thread>
 
-#include "xla/ffi/api/ffi.h"
+#include "xla/ffi/api/c_api.h"
 
 namespace jaxserve {
 
-namespace ffi = xla::ffi;
-using IntBuffer = ffi::Buffer<ffi::DataType::S32>;
-using Output = ffi::Result<ffi::AnyBuffer>;
+// An argument or a result.
+struct Array {
+  const XLA_FFI_Buffer& buffer;
+
+  template <typename T>
+  T* data() const { return static_cast<T*>(buffer.data); }
+  int64_t rank() const { return buffer.rank; }
+  int64_t size(int64_t axis) const { return buffer.dims[axis]; }
+  int64_t count() const {
+    int64_t num = 1;
+    for (int64_t axis = 0; axis < rank(); ++axis) num *= size(axis);
+    return num;
+  }
+  bool is_float32() const { return buffer.dtype == XLA_FFI_DataType_F32; }
+  bool is_bfloat16() const { return buffer.dtype == XLA_FFI_DataType_BF16 || buffer.dtype == XLA_FFI_DataType_U16; }
+};
+
+// The threads of a call.
+struct Pool {
+  const XLA_FFI_Api* api;
+  XLA_FFI_ExecutionContext* context;
+
+  int64_t num_threads() const {
+    int64_t num = 1;
+    XLA_FFI_ThreadPool_NumThreads_Args args{XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE, nullptr, context, &num};
+    forget(api->XLA_FFI_ThreadPool_NumThreads(&args));
+    return num;
+  }
+
+  // Runs task(data) some time, on any thread.
+  void schedule(XLA_FFI_Task* task, void* data) const {
+    XLA_FFI_ThreadPool_Schedule_Args args{XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE, nullptr, context, task, data};
+    if (forget(api->XLA_FFI_ThreadPool_Schedule(&args))) task(data);
+  }
+
+ private:
+  // Whether there was an error. What went wrong does not matter: this thread does all by itself then.
+  bool forget(XLA_FFI_Error* error) const {
+    if (error == nullptr) return false;
+    XLA_FFI_Error_Destroy_Args args{XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, nullptr, error};
+    api->XLA_FFI_Error_Destroy(&args);
+    return true;
+  }
+};
+
+struct Call {
+  XLA_FFI_CallFrame* frame;
+
+  Array argument(int64_t i) const { return {*static_cast<XLA_FFI_Buffer*>(frame->args.args[i])}; }
+  Array result(int64_t i) const { return {*static_cast<XLA_FFI_Buffer*>(frame->rets.rets[i])}; }
+  Pool pool() const { return {frame->api, frame->ctx}; }
+
+  // A static number by its name, which a call has.
+  template <typename T>
+  T attribute(const char* name) const {
+    for (int64_t i = 0; i < frame->attrs.size; ++i) {
+      const XLA_FFI_ByteSpan& found = *frame->attrs.names[i];
+      if (found.len != std::strlen(name) || std::memcmp(found.ptr, name, found.len) != 0) continue;
+      return *static_cast<const T*>(static_cast<const XLA_FFI_Scalar*>(frame->attrs.attrs[i])->value);
+    }
+    return T{};
+  }
+
+  XLA_FFI_Error* error(const char* message) const {
+    XLA_FFI_Error_Create_Args args{XLA_FFI_Error_Create_Args_STRUCT_SIZE, nullptr, message,
+                                   XLA_FFI_Error_Code_INVALID_ARGUMENT};
+    return frame->api->XLA_FFI_Error_Create(&args);
+  }
+};
+
+// What XLA calls: once to ask for the interface's version, then for each call. `run` returns what is wrong, or null.
+template <typename Run>
+XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, int64_t num_results, const Run& run) {
+  if (frame->extension_start != nullptr && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
+    auto* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
+    metadata->api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+    metadata->traits = 0;
+    return nullptr;
+  }
+  const Call call{frame};
+  if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return call.error("kernels have nothing to prepare");
+  if (frame->args.size != num_arguments || frame->rets.size != num_results) {
+    return call.error("the kernel has another number of arguments or results");
+  }
+  const char* wrong = run(call);
+  return wrong == nullptr ? nullptr : call.error(wrong);
+}
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -27,7 +113,7 @@ inline void pause() {
 // Nobody waits for a thread of the pool to begin: it may be busy, or blocked itself. This one takes all that the others
 // have not begun, and a thread that comes late finds nothing left and touches only what it holds a share of.
 template <typename Run>
-void parallel_for(ffi::ThreadPool& pool, int64_t num, const Run& run) {
+void parallel_for(const Pool& pool, int64_t num, const Run& run) {
   const int64_t num_helpers = std::min<int64_t>(pool.num_threads(), num) - 1;
   if (num_helpers < 1) {
     for (int64_t i = 0; i < num; ++i) run(i);
@@ -35,16 +121,28 @@ void parallel_for(ffi::ThreadPool& pool, int64_t num, const Run& run) {
   }
   struct Progress {
     std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  auto work = [progress, num, &run] {
-    for (int64_t i; (i = progress->next.fetch_add(1)) < num;) {
-      run(i);
-      progress->done.fetch_add(1, std::memory_order_release);
+    int64_t num;
+    const Run* run;
+
+    void work() {
+      for (int64_t i; (i = next.fetch_add(1)) < num;) {
+        (*run)(i);
+        done.fetch_add(1, std::memory_order_release);
+      }
     }
   };
-  for (int64_t i = 0; i < num_helpers; ++i) pool.Schedule([work] { work(); });
-  work();
+  auto progress = std::make_shared<Progress>();
+  progress->num = num;
+  progress->run = &run;
+  for (int64_t i = 0; i < num_helpers; ++i) {
+    auto* share = new std::shared_ptr<Progress>(progress);
+    pool.schedule([](void* data) {
+      auto* share = static_cast<std::shared_ptr<Progress>*>(data);
+      (*share)->work();
+      delete share;
+    }, share);
+  }
+  progress->work();
   for (int spins = 0; progress->done.load(std::memory_order_acquire) < num; ++spins) {
     if (spins < 1000) pause();
     else std::this_thread::yield();  // its thread may have lost its core

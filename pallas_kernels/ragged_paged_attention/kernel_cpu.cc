@@ -268,9 +268,10 @@ std::vector<Task> attention_tasks(const Attention<T>& a, int64_t num_threads) {
 }
 
 template <typename T>
-void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
+void attend(const Pool& pool, const Attention<T>& a) {
   const std::vector<Task> tasks = attention_tasks(a, pool.num_threads());
-  std::memset(a.out, 0, sizeof(typename T::Unit) * a.num_tokens * a.num_heads * a.units());  // of who has no task
+  const int64_t fed = std::clamp<int64_t>(a.cu_q_lens[a.num_seqs], 0, a.num_tokens);
+  std::memset(a.out, 0, sizeof(typename T::Unit) * fed * a.num_heads * a.units());  // of who has no task
   parallel_for(pool, static_cast<int64_t>(tasks.size()), [&](int64_t i) {
     thread_local Scratch<T> scratch;
     run_task(a, tasks[i], scratch);
@@ -280,56 +281,39 @@ void attend(ffi::ThreadPool& pool, const Attention<T>& a) {
 // What XLA calls: arguments decoded.
 
 template <typename T>
-ffi::Error run_attention(ffi::ThreadPool& pool, ffi::AnyBuffer q, ffi::AnyBuffer cache, IntBuffer tables,
-                         IntBuffer seq_lens, IntBuffer cu_q_lens, IntBuffer num_seqs,
-                         ffi::Buffer<ffi::DataType::F32> sinks, double scale, double softcap, int64_t window,
-                         Output out) {
+const char* run_attention(const Call& call) {
   using Unit = typename T::Unit;
-  const auto sizes = q.dimensions(), pool_sizes = cache.dimensions();
-  attend<T>(pool, {
-      .q = static_cast<const Unit*>(q.untyped_data()),
-      .cache = static_cast<const Unit*>(cache.untyped_data()),
-      .tables = tables.typed_data(),
-      .seq_lens = seq_lens.typed_data(),
-      .cu_q_lens = cu_q_lens.typed_data(),
-      .sinks = sinks.element_count() == 0 ? nullptr : sinks.typed_data(),
-      .out = static_cast<Unit*>(out->untyped_data()),
-      .num_tokens = sizes[0],
-      .num_heads = sizes[1],
-      .head_dim = sizes[2],
-      .num_blocks = pool_sizes[0],
-      .block_size = pool_sizes[1],
-      .num_kv_heads = pool_sizes[2],
-      .num_seqs = std::clamp<int64_t>(num_seqs.typed_data()[0], 0, seq_lens.element_count()),
-      .table_width = tables.dimensions()[1],
-      .scale = static_cast<float>(scale),
-      .softcap = static_cast<float>(softcap),
-      .window = window,
+  const Array q = call.argument(0), cache = call.argument(1), tables = call.argument(2), seq_lens = call.argument(3);
+  const Array cu_q_lens = call.argument(4), num_seqs = call.argument(5), sinks = call.argument(6);
+  if (q.rank() != 3 || cache.rank() != 4) return "queries are [T, N, H] and the cache is [P, C, K, 2H]";
+  attend<T>(call.pool(), {
+      .q = q.data<const Unit>(),
+      .cache = cache.data<const Unit>(),
+      .tables = tables.data<int32_t>(),
+      .seq_lens = seq_lens.data<int32_t>(),
+      .cu_q_lens = cu_q_lens.data<int32_t>(),
+      .sinks = sinks.count() == 0 ? nullptr : sinks.data<float>(),
+      .out = call.result(0).data<Unit>(),
+      .num_tokens = q.size(0),
+      .num_heads = q.size(1),
+      .head_dim = q.size(2),
+      .num_blocks = cache.size(0),
+      .block_size = cache.size(1),
+      .num_kv_heads = cache.size(2),
+      .num_seqs = std::clamp<int64_t>(num_seqs.data<int32_t>()[0], 0, seq_lens.count()),
+      .table_width = tables.size(1),
+      .scale = static_cast<float>(call.attribute<double>("scale")),
+      .softcap = static_cast<float>(call.attribute<double>("softcap")),
+      .window = call.attribute<int64_t>("window"),
   });
-  return ffi::Error::Success();
-}
-
-ffi::Error call_attention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer cache, IntBuffer tables,
-                          IntBuffer seq_lens, IntBuffer cu_q_lens, IntBuffer num_seqs,
-                          ffi::Buffer<ffi::DataType::F32> sinks, double scale, double softcap, int64_t window,
-                          Output out) {
-  const auto run = q.element_type() == ffi::DataType::F32 ? run_attention<Float32> : run_attention<BFloat16>;
-  return run(pool, q, cache, tables, seq_lens, cu_q_lens, num_seqs, sinks, scale, softcap, window, out);
+  return nullptr;
 }
 
 }  // namespace jaxserve
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(jaxserve_attention, jaxserve::call_attention,
-                              xla::ffi::Ffi::Bind()
-                                  .Ctx<xla::ffi::ThreadPool>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<xla::ffi::AnyBuffer>()
-                                  .Arg<jaxserve::IntBuffer>()
-                                  .Arg<jaxserve::IntBuffer>()
-                                  .Arg<jaxserve::IntBuffer>()
-                                  .Arg<jaxserve::IntBuffer>()
-                                  .Arg<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
-                                  .Attr<double>("scale")
-                                  .Attr<double>("softcap")
-                                  .Attr<int64_t>("window")
-                                  .Ret<xla::ffi::AnyBuffer>());
+extern "C" XLA_FFI_Error* jaxserve_attention(XLA_FFI_CallFrame* frame) {
+  return jaxserve::handle(frame, 7, 1, [](const jaxserve::Call& call) {
+    const bool is_float32 = call.argument(0).is_float32();
+    return (is_float32 ? jaxserve::run_attention<jaxserve::Float32> : jaxserve::run_attention<jaxserve::BFloat16>)(call);
+  });
+}

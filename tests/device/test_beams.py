@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -54,7 +54,7 @@ def make_state(searches: Sequence[Search], *, num_rows: int = R, vocab: int = V,
     for search in searches:
         features[list(search.rows)] = BEAM
         stop_ids[list(search.rows), : len(search.stop_ids)] = search.stop_ids
-    state = state.replace(sampling=state.sampling.replace(features=features, stop_ids=stop_ids))
+    state = replace(state, sampling=replace(state.sampling, features=features, stop_ids=stop_ids))
     for search in searches:
         padded = np.full(MAX_BEAM_WIDTH, -1, np.int32)
         padded[: len(search.rows)] = search.rows
@@ -62,7 +62,7 @@ def make_state(searches: Sequence[Search], *, num_rows: int = R, vocab: int = V,
         if search.scores is not None:
             scores = np.asarray(state.beams.scores).copy()
             scores[list(search.rows)] = search.scores
-            state = state.replace(beams=state.beams.replace(scores=scores))
+            state = replace(state, beams=replace(state.beams, scores=scores))
     return state
 
 
@@ -200,8 +200,8 @@ def test_likeliest_equals_a_stable_sort(vocab: int):
 def make_kv(num_blocks: int, dtype: str, rng: np.random.Generator) -> KVCache:
     kv = init_kv_cache(TINY, num_blocks, C, dtype, as_bits=True)
     whole = [rng.integers(0, 2**16, layer.shape) for layer in kv.layers]
-    return kv.replace(
-        layers=tuple(jnp.asarray(bits, layer.dtype) for bits, layer in zip(whole, kv.layers, strict=True))
+    return replace(
+        kv, layers=tuple(jnp.asarray(bits, layer.dtype) for bits, layer in zip(whole, kv.layers, strict=True))
     )
 
 
@@ -224,7 +224,7 @@ def test_rows_take_over_the_tokens_of_the_beams_they_continue(position: int, dty
     pointers = np.arange(R, dtype=np.int32)
     pointers[rows] = parents
     pointers[12] = 13  # a leftover of another search: row 12 is nobody's beam in this step
-    state = state.replace(block_tables=tables, beams=state.beams.replace(parents=pointers))
+    state = replace(state, block_tables=tables, beams=replace(state.beams, parents=pointers))
     kv = make_kv(64, dtype, rng)
     before = {row: contents(kv, tables[row], position) for row in rows}
     untouched = np.setdiff1d(np.arange(64), tables[rows, position // C])

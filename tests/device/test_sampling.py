@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 
 import jax
@@ -64,7 +65,7 @@ def draw(logits: np.ndarray, num: int, *, seed: int = 0, first_position: int = 1
     if "top_k" in params and not params["top_k"]:
         columns["top_k"] = jnp.full((rows,), V, jnp.int32)
     key = jnp.tile(jnp.asarray([seed, 0], jnp.uint32), (rows, 1))
-    state = state.replace(sampling=state.sampling.replace(key=key, **columns))
+    state = replace(state, sampling=replace(state.sampling, key=key, **columns))
     batch = jnp.tile(jnp.asarray(logits), (rows, 1))
     positions = [first_position + np.arange(i * rows, (i + 1) * rows) for i in range(num // rows)]
     features = np.int32(SAMPLED | TRUNCATED)
@@ -171,7 +172,7 @@ def greedy_after(change: dict, features: int, logits: np.ndarray, position: int 
         for k, v in {**change, "features": features}.items()
     }
     rest = {k: getattr(state, k).at[:].set(v) for k, v in tables.items()}
-    state = state.replace(sampling=state.sampling.replace(**fields), **rest)
+    state = replace(state, sampling=replace(state.sampling, **fields), **rest)
     batch = jnp.tile(jnp.asarray(logits), (3, 1))
     tokens, finite = jitted_sample()(batch, state, jnp.arange(3), jnp.full(3, position), jnp.int32(features))
     assert bool(finite.all())
@@ -239,10 +240,12 @@ def test_penalties_equal_the_formula(repetition: float, frequency: float, presen
     counts = rng.integers(0, 3, V).astype(np.int32)
     state = init_decode_state(2, 4, V)
     set_row = lambda array, value: array.at[1].set(value)  # noqa: E731
-    state = state.replace(
+    state = replace(
+        state,
         prompt_seen=jnp.tile(seen, (2, 1)),  # row 0 has leftovers and no penalties
         output_counts=jnp.tile(counts, (2, 1)),
-        sampling=state.sampling.replace(
+        sampling=replace(
+            state.sampling,
             repetition_penalty=set_row(state.sampling.repetition_penalty, repetition),
             frequency_penalty=set_row(state.sampling.frequency_penalty, frequency),
             presence_penalty=set_row(state.sampling.presence_penalty, presence),

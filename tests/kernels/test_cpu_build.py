@@ -24,7 +24,7 @@ TESTS = Path(__file__).parent
 @pytest.mark.parametrize("target", ["x86-64", "x86-64-v3"], ids=["SSE2", "AVX2"])
 def test_they_are_right_on_older_processors(target: str) -> None:
     """The same source with narrower vectors, and without instructions for bfloat16."""
-    tests = [f"{TESTS}/test_cpu_linear.py", f"{TESTS}/test_cpu_attention.py"]
+    tests = [f"{TESTS}/test_cpu_{name}.py" for name in ("linear", "rows", "attention")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider", *tests],
         env=os.environ | {"JAXSERVE_KERNEL_TARGET": f"-march={target}", "JAXSERVE_KERNEL_CASES": "10"},
@@ -43,8 +43,8 @@ def test_what_was_compiled_is_found_again(tmp_path: Path, monkeypatch: pytest.Mo
     compiler = next(name for name in build.COMPILERS if build.shutil.which(name))
     key, paths = build._build(compiler, folder)
     assert {file.name for file in folder.iterdir()} == {
-        f"kernels-{key}-linear.so",
-        f"kernels-{key}-ragged_paged_attention.so",
+        f"kernels-{key}-layers.so",
+        f"kernels-{key}-attention.so",
     }
     assert folder.stat().st_mode & 0o077 == 0
     assert not build._is_tried(paths)
@@ -75,7 +75,8 @@ def test_kernels_that_are_wrong_are_none(
         return y * 1.03 if x.dtype == dtype else y
 
     monkeypatch.setattr(trial, name, wrong)
-    monkeypatch.setattr(build, "TARGETS", dict.fromkeys(build.TARGETS, ()))  # those of this process stay
+    none = {name: dict.fromkeys(sources, ()) for name, sources in build.LIBRARIES.items()}
+    monkeypatch.setattr(build, "LIBRARIES", none)  # those of this process stay
     found = build._load(tmp_path)
     assert found.key is None
     assert re.fullmatch(rf"the CPU's .* in {dtype} are off by \S+, where \S+ is allowed", found.missing or "")

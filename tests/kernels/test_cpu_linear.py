@@ -93,15 +93,15 @@ def test_extremes_pass_through_silu(dtype: str) -> None:
     assert np.isnan(found[2]).all()
 
 
-def test_rows_without_a_token_are_zeros() -> None:
+def test_rows_without_a_token_are_left() -> None:
     panels, x = to_panels(draw((2, 32, 64), "bfloat16")), draw((20, 64), "bfloat16").at[9:].set(jnp.nan)
     for num, call in product((0, 1, 9, 20, 99, -3), (linear, gated_linear)):
         found = np.asarray(jax.jit(call)(x, panels, jnp.full((1,), num, jnp.int32))).astype(np.float32)
         kept = min(max(num, 0), 20)
         np.testing.assert_array_equal(found[:kept], np.asarray(call(x, panels)).astype(np.float32)[:kept])
-        assert not found[kept:].any()
-        as_reference = call(x[:9], panels, jnp.full((1,), num, jnp.int32), backend="reference")
-        np.testing.assert_allclose(np.asarray(as_reference).astype(np.float32), found[:9], rtol=2e-2, atol=1e-4)
+        as_reference = np.asarray(call(x[:9], panels, jnp.full((1,), num, jnp.int32), backend="reference"))
+        # Of 64 products of two numbers around 1, whose sums err by 2^-18; gated ones are rounded twice to bfloat16.
+        np.testing.assert_allclose(as_reference.astype(np.float32)[:kept], found[:9][:kept], rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,7 +112,14 @@ def test_panels_hold_the_matrix(dtype: str) -> None:
         assert panels.shape == shape
         np.testing.assert_array_equal(to_matrix(panels), weight)
     rows = jnp.asarray([39, 0, 32, 31], jnp.int32)
-    np.testing.assert_array_equal(take_rows(panels, rows), weight[rows])
+    for backend in ("cpu", "reference"):
+        np.testing.assert_array_equal(take_rows(panels, rows, backend=backend), weight[rows].astype(jnp.float32))
+    for num in (0, 3, 4, 99, -1):
+        kept = min(max(num, 0), 4)
+        found = take_rows(panels, rows, jnp.full((1,), num, jnp.int32))
+        np.testing.assert_array_equal(found[:kept], weight[rows[:kept]].astype(jnp.float32))
+    outside = take_rows(panels, jnp.asarray([-5, 2**31 - 1], jnp.int32))  # clamped: nothing past the matrix is read
+    np.testing.assert_array_equal(outside[0], weight[0].astype(jnp.float32))
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -126,7 +133,7 @@ def test_what_does_not_fit_is_refused() -> None:
             linear(x, panels)
     with pytest.raises(ValueError, match="backend is 'tpu': it must be cpu or reference"):
         linear(draw((3, 64), "bfloat16"), panels, backend="tpu")
-    assert not can_gate(panels)
+    assert not can_gate(panels.outs)
     with pytest.raises(ValueError, match=r"outputs \(33,\): they must be \(2, a multiple of 32\)"):
         gated_linear(draw((3, 64), "bfloat16"), panels)
     with pytest.raises(ValueError, match=r"outputs \(2, 32\): rows are taken along one axis"):
