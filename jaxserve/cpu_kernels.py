@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import stat
-from pathlib import Path
-
 import jax
 
 from jaxserve.config import EngineConfig, ModelConfig
-from jaxserve.errors import ConfigError
+from jaxserve.private_folder import private_folder
 from pallas_kernels.linear.api import can_gate, uncovered_matrix
 from pallas_kernels.native.build import load_kernels
 
@@ -39,20 +35,3 @@ def layers_skip_padding(model: ModelConfig) -> bool:
     """Whether kernels do all of a layer in panels, so that only rows with a token cost time."""
     covered = model.activation == "silu" and not model.mlp_bias and not model.o_bias
     return covered and can_gate((2, model.intermediate_size))
-
-
-def private_folder(folder: str) -> Path:
-    """Makes a folder for what is compiled.
-
-    Raises:
-        ConfigError: the folder is not this user's alone. What lies in it is executed.
-    """
-    path = Path(folder).expanduser()
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    info = path.lstat()
-    if not stat.S_ISDIR(info.st_mode) or info.st_uid != os.getuid() or info.st_mode & 0o077:
-        raise ConfigError(
-            f"The compilation cache {folder} must be a folder that belongs to this user with mode 0700, because "
-            "compiled code in it is executed. Set the mode, choose another folder, or turn the cache off."
-        )
-    return path

@@ -21,11 +21,11 @@ from typing import Any
 import jax
 
 from jaxserve.config import EngineLimits, ModelConfig
-from jaxserve.cpu_kernels import private_folder
 from jaxserve.engine.beams import follow_sizes
 from jaxserve.engine.executables import ExecutableStore, is_supported, prune
 from jaxserve.engine.programs import Programs, copy_sizes, engine_programs, step_shape
 from jaxserve.parallel.mesh import mesh_of
+from jaxserve.private_folder import private_folder
 from jaxserve.state import StepShape
 
 logger = logging.getLogger(__name__)

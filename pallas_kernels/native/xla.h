@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <thread>
 
@@ -108,45 +109,52 @@ inline void pause() {
 #endif
 }
 
-// Runs run(i) for each i of [0, num), on this thread and on whichever of the pool's comes in time.
-//
-// Nobody waits for a thread of the pool to begin: it may be busy, or blocked itself. This one takes all that the others
-// have not begun, and a thread that comes late finds nothing left and touches only what it holds a share of.
-template <typename Run>
-void parallel_for(const Pool& pool, int64_t num, const Run& run) {
+// What the threads of a `parallel_for` share.
+struct Progress {
+  const int64_t num;
+  void (*const run)(const void*, int64_t);
+  const void* const data;
+  std::atomic<int64_t> next{0}, done{0};
+
+  Progress(int64_t num, void (*run)(const void*, int64_t), const void* data) : num(num), run(run), data(data) {}
+
+  void work() {
+    for (int64_t i; (i = next.fetch_add(1)) < num;) {
+      run(data, i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+[[gnu::noinline]] inline void run_shared(const Pool& pool, int64_t num, void (*run)(const void*, int64_t),
+                                         const void* data) {
   const int64_t num_helpers = std::min<int64_t>(pool.num_threads(), num) - 1;
   if (num_helpers < 1) {
-    for (int64_t i = 0; i < num; ++i) run(i);
+    for (int64_t i = 0; i < num; ++i) run(data, i);
     return;
   }
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-    int64_t num;
-    const Run* run;
-
-    void work() {
-      for (int64_t i; (i = next.fetch_add(1)) < num;) {
-        (*run)(i);
-        done.fetch_add(1, std::memory_order_release);
-      }
-    }
-  };
-  auto progress = std::make_shared<Progress>();
-  progress->num = num;
-  progress->run = &run;
+  const auto progress = std::make_shared<Progress>(num, run, data);
   for (int64_t i = 0; i < num_helpers; ++i) {
-    auto* share = new std::shared_ptr<Progress>(progress);
     pool.schedule([](void* data) {
       auto* share = static_cast<std::shared_ptr<Progress>*>(data);
       (*share)->work();
       delete share;
-    }, share);
+    }, new std::shared_ptr<Progress>(progress));
   }
   progress->work();
   for (int spins = 0; progress->done.load(std::memory_order_acquire) < num; ++spins) {
     if (spins < 1000) pause();
     else std::this_thread::yield();  // its thread may have lost its core
   }
+}
+
+// Runs run(i) for each i of [0, num), on this thread and on whichever of the pool's comes in time.
+//
+// Nobody waits for a thread of the pool to begin: it may be busy, or blocked itself. This one takes all that the others
+// have not begun, and a thread that comes late finds nothing left and touches only what it holds a share of.
+template <typename Run>
+void parallel_for(const Pool& pool, int64_t num, const Run& run) {
+  run_shared(pool, num, [](const void* run, int64_t i) { (*static_cast<const Run*>(run))(i); }, &run);
 }
 
 }  // namespace jaxserve

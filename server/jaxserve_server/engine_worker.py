@@ -8,6 +8,7 @@ the socket did not take at once, so that no step waits for a reader. And a fourt
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import socket
@@ -21,6 +22,7 @@ import msgspec
 
 from jaxserve.engine.stream import Item
 from jaxserve.errors import EngineError, JaxserveError, RequestError
+from jaxserve.kernels_ahead import begin_kernels
 from jaxserve_server import wire
 from jaxserve_server.exit import leave_at_once
 from jaxserve_server.startup_log import configure_logging, log_compiled
@@ -133,6 +135,8 @@ class Worker:
 
     def _serve(self) -> JaxserveError:
         """Loads and steps; returns why it ended."""
+        begin_kernels(self._start.engine)
+        gc.disable()  # importing and tracing make a million objects and hardly any garbage: 2 % of a first start
         from jaxserve.engine.engine import EngineCore  # jax: 1.5 s, in which the server's end is noticed already
         from jaxserve.engine.step_loop import StepLoop
         from jaxserve_server import engine_start
@@ -145,6 +149,8 @@ class Worker:
         del model  # the core has the weights
         engine_start.log_engine(start, core.limits, core.runner.kv_bytes, core.init_s)
         self._loop = loop = StepLoop(core, start.engine, self._deliver)
+        gc.freeze()  # what is there stays: no collection looks through it again
+        gc.enable()
         stats, metrics = wire.pack_stats(loop.stats()), core.metrics.state()
         self._link.send(wire.Ready(core.limits, fingerprint, stats, metrics))
         threading.Thread(target=self._beat, name="engine-heartbeat", daemon=True).start()

@@ -8,12 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import pytest
 
-from pallas_kernels.native import build, trial
+from pallas_kernels.native import build, compiler, trial
 from tests.kernels.cpu_kernels import needs_cpu_kernels
 
 TESTS = Path(__file__).parent
@@ -40,8 +41,7 @@ def test_they_are_right_on_older_processors(target: str) -> None:
 @needs_cpu_kernels
 def test_what_was_compiled_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "private" / "kernels"
-    compiler = next(name for name in build.COMPILERS if build.shutil.which(name))
-    key, paths = build._build(compiler, folder)
+    key, paths = compiler.compile_kernels(folder)
     assert {file.name for file in folder.iterdir()} == {
         f"kernels-{key}-layers.so",
         f"kernels-{key}-attention.so",
@@ -52,11 +52,11 @@ def test_what_was_compiled_is_found_again(tmp_path: Path, monkeypatch: pytest.Mo
     assert build._is_tried(paths)
     for path in paths:
         os.utime(path, (1, 1))
-    assert build._build(compiler, folder) == (key, paths)
+    assert compiler.compile_kernels(folder) == (key, paths)
     assert all(path.stat().st_mtime > 1 for path in paths), "their use was not noted"
     assert build._is_tried(paths), "compiled anew"
-    monkeypatch.setattr(build, "native_target", lambda: "-march=x86-64")
-    assert build._build(compiler, folder)[0] != key
+    monkeypatch.setattr(compiler, "native_target", lambda: "-march=x86-64")
+    assert compiler.compile_kernels(folder)[0] != key
     assert not [file for file in folder.iterdir() if file.suffix == ".part"]
 
 
@@ -75,7 +75,7 @@ def test_kernels_that_are_wrong_are_none(
         return y * 1.03 if x.dtype == dtype else y
 
     monkeypatch.setattr(trial, name, wrong)
-    none = {name: dict.fromkeys(sources, ()) for name, sources in build.LIBRARIES.items()}
+    none = {name: dict.fromkeys(sources, ()) for name, sources in compiler.LIBRARIES.items()}
     monkeypatch.setattr(build, "LIBRARIES", none)  # those of this process stay
     found = build._load(tmp_path)
     assert found.key is None
@@ -92,11 +92,11 @@ def test_without_a_compiler_there_are_none(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = tmp_path / "g++"
-    compiler.write_text(
+    failing = tmp_path / "g++"
+    failing.write_text(
         '#!/bin/sh\nif [ "$1" = --version ]; then echo 1.0; exit; fi\necho "no such instruction" >&2\nexit 1\n'
     )
-    compiler.chmod(0o700)
+    failing.chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path))
     found = build._load(tmp_path / "kept")
     assert found == (None, "the CPU's kernels cannot be built: no such instruction")
@@ -104,5 +104,5 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 def test_other_systems_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build.os, "name", "nt")
+    monkeypatch.setattr(compiler, "os", SimpleNamespace(name="nt"))
     assert build._load(None).missing == "the CPU's kernels are built on POSIX systems only, and this is nt"
