@@ -122,18 +122,8 @@ def forward(
 
     layers, final_norm = params["layers"], params["final_norm"]
     if are_stacked(params):
-        (caches,), (window,) = kv, set(config.layer_windows)
-
-        def run_next(
-            carry: tuple[jax.Array, Any], layer: tuple[jax.Array, Params]
-        ) -> tuple[tuple[jax.Array, Any], None]:
-            (x, caches), (index, weights) = carry, layer
-            x, _, (caches, _) = run_layer(x, None, weights, None, OneOf(caches, index), tables, window)
-            return (x, caches), None
-
-        stack = (jnp.arange(config.num_layers, dtype=jnp.int32), layers)
-        (x, caches), _ = jax.lax.scan(run_next, (x, caches), stack)
-        return rms_norm(x, final_norm, eps), (caches,)
+        x, caches = _run_stacked(run_layer, x, layers, kv, tables, config)
+        return rms_norm(x, final_norm, eps), caches
     new_kv, h, next_norms = [], None, (None,) * config.num_layers
     if in_panels:  # one kernel adds and normalises. XLA:CPU's bits hang on what a norm is fused with: there it stays
         _, h = norm(x, None, layers[0]["attn_norm"])
@@ -142,6 +132,22 @@ def forward(
         x, h, kv_layer = run_layer(x, h, layer, next_norm, kv_layer, tables, window)
         new_kv.append(kv_layer)
     return rms_norm(x, final_norm, eps) if h is None else h, tuple(new_kv)
+
+
+def _run_stacked(
+    run_layer: Callable, x: jax.Array, layers: Params, kv: tuple[Any, ...], tables: Any, config: ModelConfig
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """All layers in one loop."""
+    (caches,), (window,) = kv, set(config.layer_windows)
+
+    def run_next(carry: tuple[jax.Array, Any], layer: tuple[jax.Array, Params]) -> tuple[tuple[jax.Array, Any], None]:
+        (x, caches), (index, weights) = carry, layer
+        x, _, (caches, _) = run_layer(x, None, weights, None, OneOf(caches, index), tables, window)
+        return (x, caches), None
+
+    stack = (jnp.arange(config.num_layers, dtype=jnp.int32), layers)
+    (x, caches), _ = jax.lax.scan(run_next, (x, caches), stack)
+    return x, (caches,)
 
 
 def logits(

@@ -67,7 +67,7 @@ def ragged_paged_attention(
         interpret: run the kernel of a TPU or GPU in its interpreter, on a CPU.
 
     Returns:
-        [T, N, H] of q's dtype; zeros past the last sequence's last query.
+        [T, N, H] of q's dtype; zeros past the last sequence's last query, where "cpu" writes nothing.
 
     Raises:
         ValueError: shapes or dtypes do not fit each other, or no kernel covers them; `uncovered` tells beforehand.

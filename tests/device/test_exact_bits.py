@@ -7,7 +7,7 @@ neighbours, in any blocks, with everything that must not be read set to NaN.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -180,16 +180,35 @@ MODELS = {
 }
 
 
+@cache
+def few_rows_agree(dtype: str) -> bool:
+    """Whether XLA:CPU sums 16-bit products of two rows as it does those of eight and more.
+
+    On processors with AMX it does not (jax 0.10.2: 72 or 576 inputs, of two and three rows). The engine looks at start
+    which programs agree, and leaves out those that do not (`engine.exactness`).
+    """
+    rng = np.random.default_rng(5)
+    product = jax.jit(linear)
+    for num_in, num_out in ((72, 136), (576, 1536), (128, 192)):
+        x = jnp.asarray(rng.normal(size=(64, num_in))).astype(dtype)
+        weight = jnp.asarray(rng.normal(size=(num_out, num_in))).astype(dtype)
+        if (np.asarray(product(x[:2], weight)) != np.asarray(product(x, weight))[:2]).any():
+            return False
+    return True
+
+
 @pytest.mark.usefixtures("long_contexts")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_schedules_move_no_bit(name: str, dtype: str) -> None:
     engine = Engine(_config(dtype, *MODELS[name]))
+    assert few_rows_agree("float32")
+    buckets = [2, 8, 64] if few_rows_agree(dtype) else [8, 64]
     alone = [(64, [], [(row, 0, length)]) for row, length in LENGTHS.items()]
     want = engine.run(alone, seed=0)
     rng = np.random.default_rng(2)
-    one_by_one = [(2, [(row, i, 1)], []) for row, length in LENGTHS.items() for i in range(length)]
-    schedules = [one_by_one] + [_random_schedule(rng, [2, 8, 64]) for _ in range(6)]
+    one_by_one = [(buckets[0], [(row, i, 1)], []) for row, length in LENGTHS.items() for i in range(length)]
+    schedules = [one_by_one] + [_random_schedule(rng, buckets) for _ in range(6)]
     for seed, schedule in enumerate(schedules):
         found = engine.run(schedule, seed + 1)
         for row in LENGTHS:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxserve import LLM, SamplingParams, cpu_kernels
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.cpu_kernels import has_panels, missing_cpu_kernels
+from jaxserve.engine import resolve
+from jaxserve.engine.engine import EngineCore
 from jaxserve.errors import ConfigError
 from jaxserve.models.params import are_in_panels, decoder_specs, in_panels
 from jaxserve.parallel.specs import init_arrays
+from jaxserve.types import Delta
 from jaxserve_checkpoints.load import load_for_engine
 from pallas_kernels.linear.api import to_matrix
 from pallas_kernels.native.build import Loaded, load_kernels
@@ -97,6 +102,59 @@ def test_the_demo_answers_alike_with_and_without_them(caplog: pytest.LogCaptureF
     assert answers["pallas"] == answers["xla"]
     assert "attention: cpu (asked for)" in caplog.text
     assert "attention: xla (asked for)" in caplog.text
+
+
+@with_kernels
+@pytest.mark.parametrize(
+    ("dtype", "changes"),
+    [
+        ("float32", {"qk_norm": True}),
+        ("float32", {"qkv_bias": True, "layer_windows": (None, 7)}),
+        ("float32", {"o_bias": True, "mlp_bias": True}),
+        ("float32", {"activation": "gelu", "intermediate_size": 50, "tied_embeddings": True}),
+        ("bfloat16", {}),
+    ],
+    ids=str,
+)
+def test_every_family_computes_the_same_with_them(
+    dtype: Any, changes: dict[str, Any], model: ModelConfig, run_all: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logprobs of prompts in chunks and of what follows them, beside a plain engine's."""
+    model = replace(model, dtype=dtype, **{"intermediate_size": 64, "num_layers": 2} | changes)
+    params = jax.tree.map(lambda x: x * 4, init_arrays(decoder_specs(model), jax.random.key(1)))
+    sizes: dict[str, Any] = {"max_num_seqs": 12, "max_num_batched_tokens": 16, "max_model_len": 64}
+    prompts = [list(range(1, 40)), [5, 9], *([n, n + 1, 2 * n] for n in range(10))]
+    ask = SamplingParams(temperature=0.0, max_tokens=9, logprobs=5, prompt_logprobs=0, ignore_eos=True)
+    monkeypatch.setattr(resolve, "token_buckets", lambda max_tokens, *_: (max_tokens,))
+    found = {}
+    for backend in ("pallas", "xla"):
+        config = EngineConfig(attention_backend=backend, compilation_cache_dir=None, **sizes)
+        arrays = in_panels(jax.tree.map(jnp.copy, params)) if backend == "pallas" else params
+        core = EngineCore(model, arrays, config)
+        assert core.limits.panels == (backend == "pallas")
+        whole = backend == "pallas" and model.activation == "silu" and not model.o_bias
+        assert core.limits.skips_padding == whole
+        found[backend] = run_all(core, [(prompt, ask) for prompt in prompts])
+    for with_them, without in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(
+            *([*given_logprobs(deltas), *first_logprobs(deltas)] for deltas in (with_them, without)),
+            atol=2e-4 if dtype == "float32" else 0.15,
+        )
+        if dtype == "float32":  # no near ties
+            answers = [[token for delta in deltas for token in delta.token_ids] for deltas in (with_them, without)]
+            assert answers[0] == answers[1]
+
+
+def given_logprobs(deltas: list[Delta]) -> list[float]:
+    """Of a prompt's tokens."""
+    return [entry.logprob for entry in deltas[0].prompt_logprobs or () if entry is not None]
+
+
+def first_logprobs(deltas: list[Delta]) -> list[float]:
+    """Of the five likeliest first answers."""
+    first = next(delta for delta in deltas if delta.token_ids)
+    assert first.logprobs is not None
+    return [logprob for _, logprob in first.logprobs[0].top]
 
 
 def test_without_a_compiler_xla_serves_and_the_log_says_why(

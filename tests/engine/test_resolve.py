@@ -14,7 +14,7 @@ import pytest
 from jaxserve.config import EngineConfig, ModelConfig
 from jaxserve.engine import compiled
 from jaxserve.engine.compiled import use_compilation_cache
-from jaxserve.engine.resolve import MAX_SWAP_BYTES, resolve_engine_config, swap_buckets, token_buckets
+from jaxserve.engine.resolve import MAX_SWAP_BYTES, resolve_engine_config, swap_buckets, token_buckets, whole_buckets
 from jaxserve.errors import ConfigError
 
 BLOCK_BYTES = 2 * 2 * 2 * 8 * 4 * 16  # k and v, layers, kv heads, head_dim, float32, tokens
@@ -42,6 +42,23 @@ def test_buckets_are_few_and_meet_both_bounds(
     max_tokens: int, max_seqs: int, smallest: int, buckets: tuple[int, ...]
 ) -> None:
     assert token_buckets(max_tokens, max_seqs, smallest) == buckets
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "max_seqs", "buckets"),
+    [
+        (256, 64, (256,)),
+        (1024, 64, (1024,)),
+        (2048, 64, (1024, 2048)),
+        (2048, 1500, (1500, 2048)),
+        (8, 8, (8,)),
+        (1, 1, (1,)),
+    ],
+)
+def test_one_program_serves_all_where_padding_costs_nothing(
+    max_tokens: int, max_seqs: int, buckets: tuple[int, ...]
+) -> None:
+    assert whole_buckets(max_tokens, max_seqs) == buckets
 
 
 def test_steps_are_larger_where_nobody_reads_before_the_end(model: ModelConfig) -> None:
