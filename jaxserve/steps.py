@@ -185,9 +185,8 @@ def _forward(
         return out, cache
 
     # A row that has ended in a loop stands among the others: padding is what is past the last of all.
-    last = jnp.max(jnp.where(batch.rows < shape.max_rows, jnp.arange(1, shape.num_tokens + 1, dtype=jnp.int32), 0))[
-        None
-    ]
+    numbers = jnp.arange(1, shape.num_tokens + 1, dtype=jnp.int32)
+    last = jnp.max(jnp.where(batch.rows < shape.max_rows, numbers, 0), keepdims=True)
 
     def attend_fused(window: int | None, cache: jax.Array, heads: Heads) -> tuple[jax.Array, jax.Array]:
         return attend_heads(heads, cache, slots, last, sequences, dtype=kv.dtype, config=config, window=window)

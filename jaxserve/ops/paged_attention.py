@@ -24,6 +24,9 @@ from jaxserve.state import StepBatch, StepShape
 
 Carry = tuple[jax.Array, jax.Array, jax.Array]  # highest score so far, sum of exp, weighted values
 _GROUP_KEYS = 1024  # of a tile, of all rows of a group: their copy stays in the cache, and short rows wait for few long
+# XLA:CPU sums a product of one row in another order than of more, and of bfloat16 one of two or three as well where the
+# processor has AMX (jax 0.10.2).
+_MIN_ROWS = {"float32": 2, "bfloat16": 4}
 _FEW_QUERIES = 16  # so few share a copy of a tile that they use it as it is, keys beside values
 # Where no context is that long, programs are spared the two forms for many keys: a tenth of the demo's compilation.
 _LONG_CONTEXT = 4096
@@ -250,14 +253,16 @@ def _attend_tiles(
     """Softmax attention of `queries` queries an entry over the entry's own keys [0, num_keys).
 
     A query's bits depend on nothing but itself and the keys up to it, whatever the sizes: the products
-    have at least two rows (XLA:CPU sums one row in another order), contract the last axis of both or
+    have rows enough (XLA:CPU sums fewer in another order), contract the last axis of both or
     give a multiple of 64 columns, and the row sums are `stable_sum`'s.
     """
     num_entries, num_kv, num_queries, head_dim = q.shape
     blocks_per_tile = shape.kv_tile // shape.block_size
     kind = _product_dtype(dtype)
-    extra = num_queries == 1
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, int(extra)), (0, 0))).astype(kind)
+    extra = max(_MIN_ROWS[kind.name] - num_queries, 0)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, extra), (0, 0))).astype(kind)
+    if positions.shape[1] > 1:
+        positions = jnp.pad(positions, ((0, 0), (0, extra)), mode="edge")
     whole = num_queries <= _FEW_QUERIES and 2 * head_dim % _COLUMNS == 0
     whole = whole and 2 * head_dim * shape.kv_tile <= _WIDE_PRODUCT
     # 32 columns by 16 keys, float32: summed in another order than with the values' columns beside them (jax 0.12).
@@ -289,7 +294,7 @@ def _attend_tiles(
         earliest = jnp.min(jnp.where(num_keys > 0, positions[:, 0], jnp.iinfo(jnp.int32).max))
         first = jnp.maximum(earliest - window + 1, 0) // shape.kv_tile
     last = -(-jnp.max(num_keys) // shape.kv_tile)
-    carry = _begin((num_entries, num_kv, num_queries + int(extra)), width)
+    carry = _begin((num_entries, num_kv, num_queries + extra), width)
     if num_queries > _FEW_QUERIES and window is None and _has_long_contexts(shape):
         # The tiles before the queries need no mask: a tenth less time.
         plain = jnp.min(positions) // shape.kv_tile

@@ -187,9 +187,15 @@ def test_no_schedule_moves_a_bit(served: tuple[EngineCore, list[Card]]) -> None:
 
 
 def test_all_buckets_agree(served: tuple[EngineCore, list[Card]]) -> None:
-    """Else exact mode would be the largest bucket's alone, and cost as much."""
+    """Else exact mode would be the largest bucket's alone, and cost as much.
+
+    XLA:CPU's bfloat16 products of two rows differ on some processors (tests/device/test_exact_bits.py).
+    """
     core, _ = served
-    assert [shape.num_tokens for shape, _ in core.runner.compiled.steps] == list(core.limits.token_buckets)
+    limits, kept = core.limits, [shape.num_tokens for shape, _ in core.runner.compiled.steps]
+    is_free = limits.panels or core.model.dtype == "float32"
+    assert kept in ([list(limits.token_buckets)] if is_free else [list(limits.token_buckets[n:]) for n in (0, 1)])
+    assert min(kept) <= 8 or limits.panels
 
 
 def digest(cards: list[Card]) -> str:
