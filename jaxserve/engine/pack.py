@@ -18,6 +18,22 @@ def empty_step(shape: StepShape) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return packed, _views(packed, shape)
 
 
+def measured_step(shape: StepShape, length: int) -> np.ndarray:
+    """The packed array of a step that feeds the last row a chunk of so many tokens.
+
+    Nothing is written to the cache and nothing sampled: for measuring what a step takes.
+    """
+    packed, fields = empty_step(shape)
+    fields["positions"][:length] = np.arange(length)
+    fields["rows"][:length] = shape.max_rows - 1
+    fields["stored"][:length] = 1
+    starts = np.arange(0, length, shape.q_tile)
+    fields["tile_start"][: len(starts)] = starts
+    fields["tile_len"][: len(starts)] = np.minimum(shape.q_tile, length - starts)
+    fields["header"][:] = 0, len(starts), 0, 1
+    return packed
+
+
 def _views(packed: np.ndarray, shape: StepShape) -> dict[str, np.ndarray]:
     return {name: packed[start : start + length] for name, (start, length) in shape.fields().items()}
 

@@ -24,7 +24,7 @@ from jaxserve.engine.admission import TABLE_FEATURES, AdmittedParams, pack_row, 
 from jaxserve.engine.beams import pack_followers, pack_group, unpack_answer
 from jaxserve.engine.compiled import CompiledSteps, OnProgress, compile_steps
 from jaxserve.engine.exactness import differing_buckets
-from jaxserve.engine.pack import StepPacker, empty_step
+from jaxserve.engine.pack import StepPacker, measured_step
 from jaxserve.engine.swap_store import SwapStore, staging_memory
 from jaxserve.scheduler.finish import BeamAnswer
 from jaxserve.scheduler.plan import Admitted, StepPlan
@@ -40,6 +40,8 @@ from jaxserve.state import (
 )
 from jaxserve.steps import count_fields, row_fields, table_fields
 from jaxserve.types import MAX_BEAM_WIDTH
+
+_MEASURED_TOKENS = 64  # enough for products to be as fast as they get, nearly; of a large model more would take long
 
 logger = logging.getLogger(__name__)
 
@@ -130,13 +132,15 @@ class Runner:
         return tree_device_bytes(self._kv)
 
     def _warm_up(self) -> MemoryCosts:
-        """Runs every program once on padding, so that the first request finds all buffers and pages made.
+        """Runs every program once, so that the first request finds all buffers and pages made.
 
         Returns: what swapping and computing cost, by a second run.
         """
-        step_s = 0.0
+        step_s, num_fed = 0.0, 1
         for shape, executable in self.compiled.steps:
-            packed, _ = empty_step(shape)
+            # Padding alone would be left out by the CPU's kernels, and look as if tokens cost nothing.
+            num_fed = min(shape.num_tokens, self.limits.max_model_len, _MEASURED_TOKENS)
+            packed = measured_step(shape, num_fed)
             for _ in range(2 if shape is self.compiled.steps[-1][0] else 1):
                 begin = time.perf_counter()
                 self._kv, self._state, output = executable(self._params, self._kv, self._state, packed)
@@ -162,7 +166,8 @@ class Runner:
         self._state = self.compiled.count_stored(self._state, counted)
         jax.block_until_ready((self._kv, self._state))
         fixed_s, block_s = self._time_swaps()
-        return MemoryCosts(fixed_s, block_s, step_s / self.limits.token_buckets[-1])
+        num_computed = num_fed if self.limits.skips_padding else self.limits.token_buckets[-1]
+        return MemoryCosts(fixed_s, block_s, step_s / num_computed)
 
     def _keep_equal(self) -> None:
         """Drops the buckets whose bits differ from the largest one's."""

@@ -32,7 +32,7 @@ def select_beams(
     rows: Int[Array, " samples"],
     axis: Axis = ONE_DEVICE,
     *,
-    num_asked: Int[Array, ""] | int = 0,
+    num_asked: Int[Array, ""] | None = None,
     tile: int | None = None,
 ) -> tuple[Int[Array, " samples"], BeamState, Int[Array, "samples columns"]]:
     """Each search's likeliest continuations that do not stop become its beams, the likeliest in the row of beam 0.
@@ -44,8 +44,8 @@ def select_beams(
         tokens: what rows without beams sampled.
         rows: each sample's row; R for padding. All beams of a search are among them.
         axis: the devices that share the samples.
-        num_asked, tile: how many rows, at the beginning, hold a sample, and how many are looked at at once; without a
-            tile all are.
+        num_asked, tile: how many rows, at the beginning, hold a sample, and how many are looked at at once; None for
+            all.
 
     Returns:
         The tokens, those of beams replaced; scores and parents brought up to date; and an answer for the host,
@@ -56,7 +56,10 @@ def select_beams(
     row = jnp.minimum(rows, num_rows - 1)
     is_beam = (rows < num_rows) & ((state.sampling.features[row] & BEAM) != 0)
     continuations = in_tiles(
-        lambda logits, row: _continuations(logits, state, row), (logits, axis.own(axis.pad(row))), num_asked, tile
+        lambda logits, row: _continuations(logits, state, row),
+        (logits, axis.own(axis.pad(row))),
+        jnp.int32(len(rows)) if num_asked is None else num_asked,
+        tile,
     )
     sums, ids, stop_sums, stop_tokens = (axis.gather(found, len(rows)) for found in continuations)
     slot, place, score = _rank(sums, state, row, rows)

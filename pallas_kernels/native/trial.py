@@ -70,10 +70,17 @@ def _run(given: dict[str, jax.Array], dtype: str) -> dict[str, jax.Array]:
     all_of = lambda array: jnp.full((1,), len(array), jnp.int32)  # noqa: E731
     rows = take_rows(to_panels(given["weight"][0]), jnp.arange(_NUM_TOKENS, dtype=jnp.int32))
     turned, written = rope_write(
-        *(given[name] for name in ("qkv", "cos", "sin", "pool")),
+        given["qkv"],
+        given["cos"],
+        given["sin"],
+        given["pool"],
         jnp.asarray(_SLOTS, jnp.int32),
         all_of(given["qkv"]),
-        **{"dtype": dtype, "scale": _SCALE, "eps": _EPS, "q_norm": given["norm"], "k_norm": given["norm"]},
+        dtype=dtype,
+        scale=_SCALE,
+        eps=_EPS,
+        q_norm=given["norm"],
+        k_norm=given["norm"],
     )
     total, normed = add_rms_norm(
         rows, x.astype(jnp.float32), given["weight"][1, 0], all_of(rows), eps=_EPS, dtype=jnp.dtype(dtype)

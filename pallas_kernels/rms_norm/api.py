@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from pallas_kernels.common import FLOAT_DTYPES, name_of_dtype, require
 
@@ -15,7 +16,7 @@ def add_rms_norm(
     num_tokens: jax.Array,
     *,
     eps: float,
-    dtype: object,
+    dtype: DTypeLike,
     backend: str = "cpu",
 ) -> tuple[jax.Array, jax.Array]:
     """x + delta, and that / rms * weight (Zhang & Sennrich, arXiv:1910.07467 §4).
