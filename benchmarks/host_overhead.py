@@ -36,9 +36,8 @@ import numpy as np
 from benchmarks.core_run import make_core
 from benchmarks.report import Report
 from jaxserve.engine import engine as engine_module
-from jaxserve.engine import runner as runner_module
 from jaxserve.engine.engine import EngineCore
-from jaxserve.engine.pack import StepPacker
+from jaxserve.engine.pack import StepPacker, empty_step
 from jaxserve.text.assembler import Continuations
 from jaxserve.text.tokenizer import Tokenizer
 from jaxserve.types import Delta, SamplingParams
@@ -105,7 +104,7 @@ class Ready(np.ndarray):
 
 def instant(executable: Callable[..., Any], core: EngineCore, shape: Any) -> Callable[..., Any]:
     """A step that answers at once, with zeros in the shapes of the real one's answer."""
-    packed, _ = runner_module.empty_step(shape)
+    packed, _ = empty_step(shape)
     runner = core.runner
     runner._kv, runner._state, output = executable(runner._params, runner._kv, runner._state, packed)
     answer = jax.tree.map(lambda array: np.zeros(array.shape, array.dtype).view(Ready), output)
