@@ -45,10 +45,10 @@ class StepShape:
         max_blocks: M, entries of a row's block table, a multiple of `kv_tile` / `block_size`.
         block_size: C, tokens a block.
         q_tile, kv_tile: tokens a tile of the attention over prefill chunks, and of keys.
-        sample_tile: rows that the sampler takes at once, up to the last that asks; None takes all.
         max_steps: K, decode steps that one call can run; 1 where a smaller bucket holds a token of each row.
         attention: "xla", or whose kernels compute it.
         interpret_kernels: run them in their interpreter, which a CPU can: for tests.
+        sample_tile: rows that the sampler takes at once, up to the last that asks; None takes all.
     """
 
     num_tokens: int
@@ -57,10 +57,10 @@ class StepShape:
     block_size: int
     q_tile: int
     kv_tile: int
-    sample_tile: int | None = None
     max_steps: int = 1
     attention: AttentionBackend = "xla"
     interpret_kernels: bool = False
+    sample_tile: int | None = None
 
     @property
     def num_samples(self) -> int:
