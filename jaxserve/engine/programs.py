@@ -31,7 +31,7 @@ from jaxserve.steps import admit_row, count_fields, count_stored, row_fields, se
 from jaxserve.types import MAX_BEAM_WIDTH
 from pallas_kernels.common import tpu_pool_format
 
-SAMPLE_TILE = 8
+SAMPLE_TILE = 8  # rows of the sampler: XLA:CPU sums and computes exp of fewer otherwise, and one stream pays for all
 
 Programs = dict[str, partial[Any]]  # name -> lowering, with the arguments' shapes
 

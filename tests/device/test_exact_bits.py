@@ -184,8 +184,8 @@ MODELS = {
 def few_rows_agree(dtype: str) -> bool:
     """Whether XLA:CPU sums 16-bit products of two rows as it does those of eight and more.
 
-    On processors with AMX it does not (jax 0.10.2: of two to six rows, by the number of inputs). The engine looks at
-    start which programs agree, and leaves out those that do not (`engine.exactness`).
+    On a Xeon with AMX it does not (jax 0.10.2: of two to six rows, by the number of inputs). The engine looks at start
+    which programs agree, and leaves out those that do not (`engine.exactness`).
     """
     rng = np.random.default_rng(5)
     product = jax.jit(linear)
