@@ -66,7 +66,7 @@ void gated_linear(const Pool& pool, const typename T::Unit* x, const typename T:
   });
 }
 
-// to[t] = row ids[t] of a matrix in panels, as float32.
+// Row `id` of a matrix in panels, as float32.
 template <typename T>
 void take_row(const typename T::Unit* panels, int64_t depth, int64_t id, float* to) {
   const typename T::Unit* from = panels + id / kWidth * depth * kWidth + id % kWidth;
@@ -115,27 +115,23 @@ const char* run_take_rows(const Call& call) {
   return nullptr;
 }
 
-}  // namespace jaxserve
-
-using jaxserve::BFloat16, jaxserve::Float32;
-
-extern "C" XLA_FFI_Error* jaxserve_linear(XLA_FFI_CallFrame* frame) {
-  return jaxserve::handle(frame, 3, 1, [](const jaxserve::Call& call) {
-    const auto run = call.argument(0).is_float32() ? jaxserve::run_linear<Float32> : jaxserve::run_linear<BFloat16>;
-    return run(call, false);
+XLA_FFI_Error* handle_linear(XLA_FFI_CallFrame* frame, bool is_gated) {
+  return handle(frame, "aai", "a", [=](const Call& call) {
+    return call.argument(0).is_float32() ? run_linear<Float32>(call, is_gated) : run_linear<BFloat16>(call, is_gated);
   });
 }
 
+}  // namespace jaxserve
+
+extern "C" XLA_FFI_Error* jaxserve_linear(XLA_FFI_CallFrame* frame) { return jaxserve::handle_linear(frame, false); }
+
 extern "C" XLA_FFI_Error* jaxserve_gated_linear(XLA_FFI_CallFrame* frame) {
-  return jaxserve::handle(frame, 3, 1, [](const jaxserve::Call& call) {
-    const auto run = call.argument(0).is_float32() ? jaxserve::run_linear<Float32> : jaxserve::run_linear<BFloat16>;
-    return run(call, true);
-  });
+  return jaxserve::handle_linear(frame, true);
 }
 
 extern "C" XLA_FFI_Error* jaxserve_take_rows(XLA_FFI_CallFrame* frame) {
-  return jaxserve::handle(frame, 3, 1, [](const jaxserve::Call& call) {
-    const bool is_float32 = call.argument(0).is_float32();
-    return (is_float32 ? jaxserve::run_take_rows<Float32> : jaxserve::run_take_rows<BFloat16>)(call);
+  return jaxserve::handle(frame, "aii", "f", [](const jaxserve::Call& call) {
+    return call.argument(0).is_float32() ? jaxserve::run_take_rows<jaxserve::Float32>(call)
+                                         : jaxserve::run_take_rows<jaxserve::BFloat16>(call);
   });
 }

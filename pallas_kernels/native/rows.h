@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "vector.h"
+#include "xla.h"
 
 namespace jaxserve {
 
@@ -51,6 +52,14 @@ inline void normalise(float* row, const float* weight, int64_t num, float eps) {
   for (int64_t i = 0; i < num; i += kLanes) squares = squares + load<Vector>(row + i) * load<Vector>(row + i);
   const float scale = 1.0f / std::sqrt(sum(squares) / static_cast<float>(num) + eps);
   for (int64_t i = 0; i < num; i += kLanes) store(row + i, load<Vector>(row + i) * scale * load<Vector>(weight + i));
+}
+
+// An array as float32, whole vectors of it.
+inline std::vector<float> as_floats(Array array) {
+  std::vector<float> out(padded(array.count()));
+  if (array.is_float32()) read_row(array.data<float>(), array.count(), out.data());
+  else read_row(array.data<uint16_t>(), array.count(), out.data());
+  return out;
 }
 
 }  // namespace jaxserve

@@ -58,21 +58,29 @@ struct Pool {
   }
 };
 
+template <typename T> constexpr XLA_FFI_DataType kDataType = XLA_FFI_DataType_INVALID;
+template <> constexpr XLA_FFI_DataType kDataType<double> = XLA_FFI_DataType_F64;
+template <> constexpr XLA_FFI_DataType kDataType<int64_t> = XLA_FFI_DataType_S64;
+
 struct Call {
   XLA_FFI_CallFrame* frame;
+  mutable const char* wrong = nullptr;
 
   Array argument(int64_t i) const { return {*static_cast<XLA_FFI_Buffer*>(frame->args.args[i])}; }
   Array result(int64_t i) const { return {*static_cast<XLA_FFI_Buffer*>(frame->rets.rets[i])}; }
   Pool pool() const { return {frame->api, frame->ctx}; }
 
-  // A static number by its name, which a call has.
+  // A static number by its name. Without one of this type the call is an error.
   template <typename T>
   T attribute(const char* name) const {
     for (int64_t i = 0; i < frame->attrs.size; ++i) {
       const XLA_FFI_ByteSpan& found = *frame->attrs.names[i];
       if (found.len != std::strlen(name) || std::memcmp(found.ptr, name, found.len) != 0) continue;
-      return *static_cast<const T*>(static_cast<const XLA_FFI_Scalar*>(frame->attrs.attrs[i])->value);
+      if (frame->attrs.types[i] != XLA_FFI_AttrType_SCALAR) break;
+      const auto* scalar = static_cast<const XLA_FFI_Scalar*>(frame->attrs.attrs[i]);
+      if (scalar->dtype == kDataType<T>) return *static_cast<const T*>(scalar->value);
     }
+    wrong = "an attribute is missing or of another type";
     return T{};
   }
 
@@ -83,9 +91,22 @@ struct Call {
   }
 };
 
+// Whether buffers are as many as there are letters and of their types: i int32, f float32, a float32 or bfloat16.
+inline bool have_types(void** buffers, int64_t num, const char* types) {
+  if (num != static_cast<int64_t>(std::strlen(types))) return false;
+  for (int64_t i = 0; i < num; ++i) {
+    const Array array{*static_cast<XLA_FFI_Buffer*>(buffers[i])};
+    const bool fits = types[i] == 'i' ? array.buffer.dtype == XLA_FFI_DataType_S32
+                                      : array.is_float32() || (types[i] == 'a' && array.is_bfloat16());
+    if (!fits) return false;
+  }
+  return true;
+}
+
 // What XLA calls: once to ask for the interface's version, then for each call. `run` returns what is wrong, or null.
+// Arguments and results have the types of `have_types`.
 template <typename Run>
-XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, int64_t num_results, const Run& run) {
+XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, const char* arguments, const char* results, const Run& run) {
   if (frame->extension_start != nullptr && frame->extension_start->type == XLA_FFI_Extension_Metadata) {
     auto* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame->extension_start)->metadata;
     metadata->api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
@@ -94,10 +115,12 @@ XLA_FFI_Error* handle(XLA_FFI_CallFrame* frame, int64_t num_arguments, int64_t n
   }
   const Call call{frame};
   if (frame->stage != XLA_FFI_ExecutionStage_EXECUTE) return call.error("kernels have nothing to prepare");
-  if (frame->args.size != num_arguments || frame->rets.size != num_results) {
-    return call.error("the kernel has another number of arguments or results");
+  if (!have_types(frame->args.args, frame->args.size, arguments) ||
+      !have_types(frame->rets.rets, frame->rets.size, results)) {
+    return call.error("the kernel has other arguments or results");
   }
   const char* wrong = run(call);
+  if (wrong == nullptr) wrong = call.wrong;
   return wrong == nullptr ? nullptr : call.error(wrong);
 }
 

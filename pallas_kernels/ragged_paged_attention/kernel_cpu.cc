@@ -312,8 +312,8 @@ const char* run_attention(const Call& call) {
 }  // namespace jaxserve
 
 extern "C" XLA_FFI_Error* jaxserve_attention(XLA_FFI_CallFrame* frame) {
-  return jaxserve::handle(frame, 7, 1, [](const jaxserve::Call& call) {
-    const bool is_float32 = call.argument(0).is_float32();
-    return (is_float32 ? jaxserve::run_attention<jaxserve::Float32> : jaxserve::run_attention<jaxserve::BFloat16>)(call);
+  return jaxserve::handle(frame, "aaiiiif", "a", [](const jaxserve::Call& call) {
+    return call.argument(0).is_float32() ? jaxserve::run_attention<jaxserve::Float32>(call)
+                                         : jaxserve::run_attention<jaxserve::BFloat16>(call);
   });
 }

@@ -1,6 +1,5 @@
 // The residual stream between two products: what the last one gave is added, and the sum normalised for the next one.
 #include "../native/rows.h"
-#include "../native/xla.h"
 
 namespace jaxserve {
 
@@ -31,12 +30,10 @@ const char* run_add_rms_norm(const Call& call) {
   }
   const int64_t num = x.size(1), num_rows = std::clamp<int64_t>(call.argument(3).data<int32_t>()[0], 0, x.size(0));
   const float eps = static_cast<float>(call.attribute<double>("eps"));
-  std::vector<float> weights(padded(num));
-  if (weight.is_float32()) read_row(weight.data<float>(), num, weights.data());
-  else read_row(weight.data<uint16_t>(), num, weights.data());
+  const std::vector<float> weights = as_floats(weight);
+  const float* added = delta.count() == 0 ? nullptr : delta.data<float>();
   auto run = [&](auto* to) {
-    add_rms_norm(call.pool(), x.data<float>(), delta.count() == 0 ? nullptr : delta.data<float>(), weights, eps, num_rows, num,
-                 call.result(0).data<float>(), to);
+    add_rms_norm(call.pool(), x.data<float>(), added, weights, eps, num_rows, num, call.result(0).data<float>(), to);
   };
   out.is_float32() ? run(out.data<float>()) : run(out.data<uint16_t>());
   return nullptr;
@@ -45,5 +42,5 @@ const char* run_add_rms_norm(const Call& call) {
 }  // namespace jaxserve
 
 extern "C" XLA_FFI_Error* jaxserve_add_rms_norm(XLA_FFI_CallFrame* frame) {
-  return jaxserve::handle(frame, 4, 2, jaxserve::run_add_rms_norm);
+  return jaxserve::handle(frame, "ffai", "fa", jaxserve::run_add_rms_norm);
 }

@@ -1,7 +1,6 @@
 // From a layer's one product to what attention reads: bias, norm of heads, rotation; queries scaled and rounded, keys and
 // values rounded and put into their blocks.
 #include "../native/rows.h"
-#include "../native/xla.h"
 
 namespace jaxserve {
 
@@ -65,13 +64,6 @@ void rope_write(const Pool& pool, const Heads& heads, int64_t num_tokens, Out* q
   });
 }
 
-inline std::vector<float> as_floats(Array array) {
-  std::vector<float> out(padded(array.count()));
-  if (array.is_float32()) read_row(array.data<float>(), array.count(), out.data());
-  else read_row(array.data<uint16_t>(), array.count(), out.data());
-  return out;
-}
-
 const char* run_rope_write(const Call& call) {
   const Array qkv = call.argument(0), cache = call.argument(8);
   if (qkv.rank() != 4 || cache.rank() != 4 || cache.size(2) != qkv.size(1) || cache.size(3) != 2 * qkv.size(3)) {
@@ -94,5 +86,5 @@ const char* run_rope_write(const Call& call) {
 }  // namespace jaxserve
 
 extern "C" XLA_FFI_Error* jaxserve_rope_write(XLA_FFI_CallFrame* frame) {
-  return jaxserve::handle(frame, 9, 2, jaxserve::run_rope_write);
+  return jaxserve::handle(frame, "fffiaaaia", "aa", jaxserve::run_rope_write);
 }

@@ -202,3 +202,14 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             add_rms_norm(*arrays, count(3), eps=EPS, dtype="float32")
+
+
+def test_a_call_of_other_types_is_an_error_and_no_read_of_other_memory() -> None:
+    x, shapes = draw((3, 8)), (jax.ShapeDtypeStruct((3, 8), jnp.float32),) * 2
+    call = jax.ffi.ffi_call("jaxserve_add_rms_norm", shapes)
+    for arrays in ((x, x, x[0], x[:1, 0]), (x, x, x[0].astype("float16"), count(3)), (x, x, x[0])):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="the kernel has other arguments or results"):
+            jax.block_until_ready(call(*arrays, eps=EPS))
+    for attributes in ({}, {"eps": 1}, {"epsilon": EPS}):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="an attribute is missing or of another type"):
+            jax.block_until_ready(call(x, x, x[0], count(3), **attributes))
