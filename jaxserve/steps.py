@@ -21,6 +21,7 @@ from jaxserve.ops.kernel_attention import attend_heads, kernel_attention, kernel
 from jaxserve.ops.logprobs import pack_prompt_logprobs
 from jaxserve.ops.next_tokens import no_next_tokens, sample_next_tokens
 from jaxserve.ops.paged_attention import decode_order, paged_attention, write_kv
+from jaxserve.ops.tiles import past_last
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import (
     BEAM_COLUMNS,
@@ -185,8 +186,7 @@ def _forward(
         return out, cache
 
     # A row that has ended in a loop stands among the others: padding is what is past the last of all.
-    numbers = jnp.arange(1, shape.num_tokens + 1, dtype=jnp.int32)
-    last = jnp.max(jnp.where(batch.rows < shape.max_rows, numbers, 0), keepdims=True)
+    last = past_last(batch.rows < shape.max_rows)[None]
 
     def attend_fused(window: int | None, cache: jax.Array, heads: Heads) -> tuple[jax.Array, jax.Array]:
         return attend_heads(heads, cache, slots, last, sequences, dtype=kv.dtype, config=config, window=window)

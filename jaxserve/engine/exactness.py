@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.engine.compiled import CompiledSteps
-from jaxserve.engine.pack import empty_step, pack_fields
+from jaxserve.engine.pack import empty_step, pack_fields, put_chunk
 from jaxserve.state import HISTORY, LOGPROBS, DecodeState, KVCache, StepShape
 from jaxserve.steps import row_fields
 from jaxserve.types import MAX_STOP_TOKEN_IDS
@@ -89,7 +89,7 @@ def _trace(
     shape: StepShape, step: Callable, params: Any, memory: _Memory, blocks: np.ndarray, num_tokens: int
 ) -> tuple[Trace, _Memory]:
     """Runs a prompt of chunks as long as the bucket takes, then decode steps, in a loop where there is one."""
-    (kv, state), row = memory, shape.max_rows - 1
+    kv, state = memory
     num_prompt = max(num_tokens - NUM_DECODED, 1)
     prompt = np.random.default_rng(0).integers(0, state.prompt_seen.shape[1], num_prompt).astype(np.int32)
     answers: dict[int, np.ndarray] = {}
@@ -100,17 +100,13 @@ def _trace(
         length = 1 if is_decode else min(shape.num_tokens, num_prompt - at)
         num_steps = min(shape.max_steps, num_tokens - at) if is_decode else 1
         fields["tokens"][:length] = -1 if is_decode else prompt[at : at + length]
-        fields["positions"][:length] = np.arange(at, at + length)
-        fields["rows"][:length] = row
-        starts = np.arange(0, 0 if is_decode else length, shape.q_tile)
-        fields["tile_start"][: len(starts)] = starts
-        fields["tile_len"][: len(starts)] = np.minimum(shape.q_tile, length - starts)
+        num_tiles = put_chunk(fields, shape, at, length)
         num_samples = min(length, shape.num_samples)
         fields["sample_rows"][:num_samples] = np.arange(
             shape.max_rows - num_samples, shape.max_rows
         )  # the last its own
         fields["sample_index"][:num_samples] = np.arange(length - num_samples, length)
-        fields["header"][:] = int(is_decode), len(starts), LOGPROBS, num_steps
+        fields["header"][:] = int(is_decode), 0 if is_decode else num_tiles, LOGPROBS, num_steps
         kv, state, output = step(params, kv, state, packed)
         columns = np.concatenate([output.sampled, output.logprobs], axis=-1)
         if is_decode:

@@ -24,14 +24,19 @@ def measured_step(shape: StepShape, length: int) -> np.ndarray:
     Nothing is written to the cache and nothing sampled: for measuring what a step takes.
     """
     packed, fields = empty_step(shape)
-    fields["positions"][:length] = np.arange(length)
-    fields["rows"][:length] = shape.max_rows - 1
     fields["stored"][:length] = 1
+    fields["header"][:] = 0, put_chunk(fields, shape, 0, length), 0, 1
+    return packed
+
+
+def put_chunk(fields: dict[str, np.ndarray], shape: StepShape, first: int, length: int) -> int:
+    """Makes tokens of the last row, from position `first` on, all that a step feeds; returns how many query tiles."""
+    fields["positions"][:length] = np.arange(first, first + length)
+    fields["rows"][:length] = shape.max_rows - 1
     starts = np.arange(0, length, shape.q_tile)
     fields["tile_start"][: len(starts)] = starts
     fields["tile_len"][: len(starts)] = np.minimum(shape.q_tile, length - starts)
-    fields["header"][:] = 0, len(starts), 0, 1
-    return packed
+    return len(starts)
 
 
 def _views(packed: np.ndarray, shape: StepShape) -> dict[str, np.ndarray]:

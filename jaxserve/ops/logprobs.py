@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.layers.largest import largest
 from jaxserve.layers.stable_sum import log_sum_exp
 from jaxserve.models.decoder import logits as compute_logits
-from jaxserve.ops.tiles import in_tiles
+from jaxserve.ops.tiles import in_tiles, past_last
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.types import MAX_LOGPROBS, TokenLogprobs
 
@@ -59,9 +59,8 @@ def pack_prompt_logprobs(
         logits = axis.own_whole(compute_logits(params, hidden), vocab_size)
         return axis.gather(pack_logprobs(logits, axis.own(jnp.maximum(targets, 0))), len(targets))
 
-    num_wanted = jnp.max(jnp.where(targets >= 0, jnp.arange(1, num_tokens + 1, dtype=jnp.int32), 0))
     arrays = jnp.pad(hidden, ((0, pad), (0, 0))), jnp.pad(targets, (0, pad))
-    return in_tiles(pack, arrays, num_wanted, tile)[:num_tokens]
+    return in_tiles(pack, arrays, past_last(targets >= 0), tile)[:num_tokens]
 
 
 def unpack_logprobs(packed: np.ndarray, token_id: int, num_top: int) -> TokenLogprobs:

@@ -16,7 +16,7 @@ from jaxserve.models.decoder import logits
 from jaxserve.ops.beams import no_beams, select_beams
 from jaxserve.ops.logprobs import pack_logprobs
 from jaxserve.ops.sampling import sample
-from jaxserve.ops.tiles import in_tiles
+from jaxserve.ops.tiles import in_tiles, past_last
 from jaxserve.parallel.axis import ONE_DEVICE, Axis
 from jaxserve.state import BEAM, LOGPROB_COLUMNS, LOGPROBS, BeamState, DecodeState, StepBatch, StepShape
 
@@ -36,8 +36,7 @@ def sample_next_tokens(
     """Logits, tokens, and what follows from them, of the rows that ask."""
     index = axis.pad(jnp.minimum(batch.sample_index, shape.num_tokens - 1))
     positions = batch.positions[index] + 1
-    asked = jnp.where(batch.sample_rows < shape.max_rows, jnp.arange(1, shape.num_samples + 1, dtype=jnp.int32), 0)
-    num_asked = jnp.max(asked)
+    num_asked = past_last(batch.sample_rows < shape.max_rows)
     raw = logits(params, hidden[index], num_asked[None])
     raw = axis.own_whole(raw, vocab_size)  # [S, V], or this device's share of S
     rows = axis.own(axis.pad(batch.sample_rows, shape.max_rows))
@@ -45,7 +44,7 @@ def sample_next_tokens(
     def sample_rows(raw: jax.Array, rows: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         return sample(raw, state, rows, positions, batch.features)
 
-    tile = shape.sample_tile if axis.size == 1 else None
+    tile = shape.sample_tile
     own_tokens, own_finite = in_tiles(sample_rows, (raw, rows, axis.own(positions)), num_asked, tile)
     tokens, finite = _gathered(own_tokens, own_finite, shape.num_samples, axis)
     positions = positions[: shape.num_samples]

@@ -7,7 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
+
+
+def past_last(wanted: Bool[Array, " rows"]) -> Int[Array, ""]:
+    """How many rows, at the beginning, hold all that are wanted; others may stand among them."""
+    return jnp.max(jnp.where(wanted, jnp.arange(1, len(wanted) + 1, dtype=jnp.int32), 0))
 
 
 def in_tiles(

@@ -46,10 +46,15 @@ def add_rms_norm(
         require(name_of_dtype(found) in FLOAT_DTYPES, f"{name} is {name_of_dtype(found)}: it must be {FLOAT_DTYPES}")
     if backend == "reference":
         total = x if delta is None else x + delta
-        mean = jnp.mean(jnp.square(total), axis=-1, keepdims=True)
-        return total, (total * jax.lax.rsqrt(mean + eps) * weight.astype(jnp.float32)).astype(dtype)
+        return total, normalised(total, weight, eps).astype(dtype)
     shapes = (jax.ShapeDtypeStruct(x.shape, jnp.float32), jax.ShapeDtypeStruct(x.shape, dtype))
     call = jax.ffi.ffi_call("jaxserve_add_rms_norm", shapes, input_output_aliases={0: 0})
     added = jnp.zeros((0,), jnp.float32) if delta is None else delta
     total, normed = call(x, added, weight, num_tokens, eps=float(eps))
     return total, normed
+
+
+def normalised(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """The formula, float32 over the last axis."""
+    mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(mean + eps) * weight.astype(jnp.float32)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.common import FLOAT_DTYPES, name_of_dtype, require
+from pallas_kernels.rms_norm.api import normalised
 
 
 def rope_write(
@@ -48,7 +49,12 @@ def rope_write(
     """
     _check(qkv, cos, sin, cache, slots, dtype, backend)
     if backend == "reference":
-        return _reference(qkv, cos, sin, cache, slots, num_tokens, dtype, scale, eps, bias, q_norm, k_norm)
+        heads = qkv if bias is None else qkv + bias.astype(jnp.float32)
+        q = _turned(heads[:, :, :-2], cos, sin, q_norm, eps)
+        k = _turned(heads[:, :, -2], cos, sin, k_norm, eps)
+        kv = jnp.concatenate([k, heads[:, :, -1]], axis=-1).astype(dtype)
+        is_written = (jnp.arange(len(slots)) < num_tokens) & (slots >= 0)
+        return (q * scale).astype(dtype), _written(cache, kv, jnp.where(is_written, slots, cache.size))
     num_tokens_all, num_kv_heads, num_parts, head_dim = qkv.shape
     shapes = (
         jax.ShapeDtypeStruct((num_tokens_all, num_kv_heads, num_parts - 2, head_dim), dtype),
@@ -80,35 +86,15 @@ def _check(
     require(fits, f"slots are {slots.dtype}{list(slots.shape)}: int32 {[num_tokens]} are asked for")
 
 
-def _reference(
-    qkv: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    cache: jax.Array,
-    slots: jax.Array,
-    num_tokens: jax.Array,
-    dtype: str,
-    scale: float,
-    eps: float,
-    bias: jax.Array | None,
-    q_norm: jax.Array | None,
-    k_norm: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-    heads = qkv if bias is None else qkv + bias.astype(jnp.float32)
-    q, k, v = heads[:, :, :-2], heads[:, :, -2], heads[:, :, -1]
+def _turned(x: jax.Array, cos: jax.Array, sin: jax.Array, norm: jax.Array | None, eps: float) -> jax.Array:
+    if norm is not None:
+        x = normalised(x, norm, eps)
+    low, high = jnp.split(x, 2, axis=-1)
+    c, s = (jnp.expand_dims(part, tuple(range(1, x.ndim - 1))) for part in (cos, sin))
+    return jnp.concatenate([low * c - high * s, high * c + low * s], axis=-1)
 
-    def turn(x: jax.Array, norm: jax.Array | None) -> jax.Array:
-        if norm is not None:
-            mean = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-            x = x * jax.lax.rsqrt(mean + eps) * norm.astype(jnp.float32)
-        low, high = jnp.split(x, 2, axis=-1)
-        c, s = (jnp.expand_dims(part, tuple(range(1, x.ndim - 1))) for part in (cos, sin))
-        return jnp.concatenate([low * c - high * s, high * c + low * s], axis=-1)
 
-    kv = jnp.concatenate([turn(k, k_norm), v], axis=-1).astype(dtype)
+def _written(cache: jax.Array, kv: jax.Array, slots: jax.Array) -> jax.Array:
     if cache.dtype == jnp.uint16:
         kv = jax.lax.bitcast_convert_type(kv, jnp.uint16)
-    flat = cache.reshape(-1, *cache.shape[2:])
-    is_written = (jnp.arange(len(slots)) < num_tokens) & (slots >= 0)
-    written = flat.at[jnp.where(is_written, slots, len(flat))].set(kv, mode="drop")
-    return (turn(q, q_norm) * scale).astype(dtype), written.reshape(cache.shape)
+    return cache.reshape(-1, *cache.shape[2:]).at[slots].set(kv, mode="drop").reshape(cache.shape)
